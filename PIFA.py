@@ -25,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="PIFA.py",
-        description="Compress a LLaMA-family model without retraining: low-rank factors (m), pivots (pifa), judge (ppl).",
+        description="Compress a LLaMA model without retraining: low-rank factors (m), pivots (pifa), judge (ppl).",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -66,7 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
     add("--DEV", help="cpu, cuda or cuda:N (default: cuda where present, else cpu)")
-    add("--dtype", help="written and evaluated: float32, float16 or bfloat16 (default: float32 on CPU, else the source's)")
+    add(
+        "--dtype",
+        help="written and evaluated: float32, float16 or bfloat16 (default: float32 on CPU, else the source's)",
+    )
     return parser
 
 

@@ -129,8 +129,7 @@ def _fingerprint(source: Source) -> dict[str, Any]:
 
 def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
     return (
-        f"{options.prefix}{source.name}_{options.prune}_{options.density:g}_{options.allocation}"
-        f"_{identity['hash'][:8]}"
+        f"{options.prefix}{source.name}_{options.prune}_{options.density:g}_{options.allocation}_{identity['hash'][:8]}"
     )
 
 
@@ -236,9 +235,7 @@ def densities(folder: Path, entries: dict[str, dict[str, Any]], storage: Storage
     """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks."""
     counts = files.count_numbers(folder, entries)
     pivoted = sum(
-        PIVOTED.stored(
-            None if entry["kind"] == "dense" else entry["rank"], entry["out_features"], entry["in_features"]
-        )
+        PIVOTED.stored(None if entry["kind"] == "dense" else entry["rank"], entry["out_features"], entry["in_features"])
         for entry in entries.values()
     )
     return {

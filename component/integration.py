@@ -6,7 +6,6 @@ imports it; so it depends on nothing but torch, transformers and its neighbour.
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.quantizers.auto import (

@@ -34,7 +34,9 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
         if info.item() == 0 and torch.isfinite(factor).all():
             return factor, mu
         relative = max(relative * ESCALATION, torch.finfo(gram.dtype).eps * gram.shape[0])
-        log.warning("%s: Gram matrix not positive definite, damping raised to %.1e of its mean diagonal", what, relative)
+        log.warning(
+            "%s: Gram matrix not positive definite, damping raised to %.1e of its mean diagonal", what, relative
+        )
 
 
 def add_diagonal(matrix: Tensor, value: float) -> Tensor:

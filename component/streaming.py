@@ -88,7 +88,7 @@ def collect(
     low_rank_states: Tensor | None,
     kwargs: dict[str, Any],
 ) -> Moments:
-    """Accumulate the moments of one group, batch by batch. linears: the group's names in the layer and all later ones."""
+    """Accumulate the moments of one group, batch by batch. linears: the group's names in the layer and all later."""
     moments = Moments()
     device = next(dense.parameters()).device
 
