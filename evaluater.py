@@ -49,7 +49,7 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int) -> Perplexity
 
 
 @torch.no_grad()
-def continue_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
     """Greedy continuation of a prompt, the prompt included."""
     inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     # the tokenizer may know no padding token; generation of a single sequence needs none
@@ -126,9 +126,9 @@ def _load(options: Namespace, source: models.Source) -> tuple[nn.Module, report.
     stored = files.read_checkpoint(source.location).record if compressed else {}
     default = stored.get("dtype") or models.default_dtype_name(source, models.load_config(source), device)
     dtype = options.dtype or default
-    model = models.load_model(source, models.DTYPES[dtype]).to(device)
+    model: nn.Module = models.load_model(source, models.DTYPES[dtype])
     return (
-        model,
+        model.to(device),
         watch,
         {
             "command": options.command,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import component.integration
 import component.linear
@@ -133,11 +134,12 @@ def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
     )
 
 
-def _modules(model: nn.Module, described: list[DecoderLayer]) -> list[Module]:
+def _modules(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Module]:
     modules = []
     for layer in described:
         for name in layer.linears():
             linear = model.get_submodule(f"{layer.name}.{name}")
+            assert isinstance(linear, nn.Linear)
             modules.append(
                 Module(f"{layer.name}.{name}", linear.out_features, linear.in_features, name in layer.attention)
             )
@@ -146,13 +148,14 @@ def _modules(model: nn.Module, described: list[DecoderLayer]) -> list[Module]:
     return modules
 
 
-def _announce(options, model: nn.Module, modules: list[Module], flows: Flows, device: torch.device) -> None:
+def _announce(options, model: PreTrainedModel, modules: list[Module], flows: Flows, device: torch.device) -> None:
     """What is about to be done, and whether it fits."""
     log.info(
         "density %g (ratio removed %g), %d linears, %d windows of %d tokens on %s",
         options.density, 1 - options.density, len(modules), *flows.windows.shape, device,
     )  # fmt: skip
-    width = model.get_input_embeddings().weight.shape[1]
+    embeddings: Any = model.get_input_embeddings()
+    width = embeddings.weight.shape[1]
     size = next(model.parameters()).element_size()
     states = 2 * flows.windows.numel() * width * size
     moments = 3 * max(module.d_in for module in modules) ** 2 * 8
@@ -210,7 +213,7 @@ def layer_entries(modules: list[Module], plan: Plan) -> dict[str, dict[str, Any]
     return entries
 
 
-def folder_config(model: nn.Module, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """config.json: the family's own, plus the format and the file that loads it where this package is absent."""
     config = json.loads(model.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
@@ -222,7 +225,7 @@ def folder_config(model: nn.Module, dtype: torch.dtype, entries: dict[str, dict[
     return config
 
 
-def _files_beside(folder: Path, model: nn.Module, tokenizer) -> list[Path]:
+def _files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:
     """Tokenizer, generation config and the loader, as files to copy."""
     tokenizer.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

@@ -21,7 +21,8 @@ from .linear import LowRankLinear, PIFALinear
 
 METHOD = "pifa"
 FORMAT_VERSION = 1
-KINDS = {"lowrank": LowRankLinear, "pifa": PIFALinear}  # "dense" is the third kind: an nn.Linear, left alone
+# "dense" is the third kind: an nn.Linear, left alone
+KINDS: dict[str, type[LowRankLinear] | type[PIFALinear]] = {"lowrank": LowRankLinear, "pifa": PIFALinear}
 
 
 class PIFAConfig(QuantizationConfigMixin):
@@ -37,7 +38,7 @@ class PIFAConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"this checkpoint has PIFA format {format_version}, and this code reads {FORMAT_VERSION}: update PIFA"
             )
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of the built-in methods
         self.format_version = format_version
         self.layers = layers or {}
         unknown = {entry["kind"] for entry in self.layers.values()} - {*KINDS, "dense"}
@@ -48,6 +49,7 @@ class PIFAConfig(QuantizationConfigMixin):
 class PIFAQuantizer(HfQuantizer):
     """Swaps linears for the stored kind before the weights are read."""
 
+    quantization_config: PIFAConfig
     requires_calibration = True  # a dense checkpoint cannot be loaded with this config: it has to be compressed
 
     def _process_model_before_weight_loading(self, model, **_):
@@ -84,7 +86,7 @@ class PIFAQuantizer(HfQuantizer):
         """Back to nn.Linear, in place."""
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
-            if not isinstance(layer, tuple(KINDS.values())):
+            if not isinstance(layer, LowRankLinear | PIFALinear):
                 continue
             weight = layer.dense_weight().to(dtype or layer.weight.dtype)
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", weight.dtype)

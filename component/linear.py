@@ -14,6 +14,8 @@ class FactoredLinear(nn.Module):
     nn.Linear, finds a weight of the wrong shape and stops, where it would otherwise start from random numbers.
     """
 
+    weight: Tensor
+
     def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
@@ -69,6 +71,8 @@ class PIFALinear(FactoredLinear):
 
     Raises: ValueError for a rank outside 1..min(d_in, d_out).
     """
+
+    perm: Tensor
 
     def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features, rank, bias, device, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from component.allocation import Plan
 from component.linear import LowRankLinear
@@ -32,7 +33,7 @@ class Flows:
 
 
 def compress_layers(
-    model: nn.Module,
+    model: PreTrainedModel,
     described: list[DecoderLayer],
     plan: Plan,
     solver: Solver,
@@ -121,7 +122,7 @@ def input_of(layer: nn.Module, linears: list[str], hidden: Tensor, kwargs: dict[
     """
     seen: list[Tensor] = []
 
-    def skipped(module: nn.Module, watched: bool) -> Callable[[Tensor], Tensor]:
+    def skipped(module: Any, watched: bool) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if watched:
                 seen.append(x)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from utils.errors import UsageError
 
@@ -79,7 +80,7 @@ def load_config(source: Source) -> transformers.PretrainedConfig:
     return config
 
 
-def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
+def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the CPU, in eval mode, without gradients; GGUF blocks are dequantized.
 
     Raises: UsageError where it can't be read, or a weight is missing and would be a random one.
@@ -91,9 +92,10 @@ def load_model(source: Source, dtype: torch.dtype) -> nn.Module:
     else:
         arguments["use_safetensors"] = True
     with _readable(source):
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.location, output_loading_info=True, **arguments
         )
+    model, info = loaded
     wrong = {kind: keys for kind, keys in info.items() if keys and kind != "unexpected_keys"}
     if wrong:
         raise UsageError(f"{source.location} does not hold every weight of its model: {wrong}")
@@ -147,7 +149,7 @@ class DecoderLayer:
         return self.linears()[self.linears().index(group[0]) :]
 
 
-def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """(name, module) of each decoder layer: the longest ModuleList of the decoder that holds linears.
 
     Raises: UsageError where there is none.
@@ -190,7 +192,7 @@ LAYERS_RETURN_TENSORS = int(transformers.__version__.split(".")[0]) >= 5
 
 
 @torch.no_grad()
-def layer_inputs(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+def layer_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the decoder layers are given: hidden states (windows, length, width), and keyword arguments per layer.
 
     windows: (count, length) int64. Keywords are taken from one window: all have the same length and no padding, so
@@ -229,12 +231,13 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def describe_layers(model: nn.Module) -> list[DecoderLayer]:
+def describe_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     """Find every layer's groups by one short forward pass, watching which linears receive the same tensor.
 
     Raises: UsageError where a layer calls no linear at all.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     probe = torch.arange(PROBE_LENGTH)[None] % vocabulary
     hidden, keywords = layer_inputs(model, probe)
     described = []
