@@ -1,0 +1,77 @@
+"""The README's first table: python -m tests.reports.demo (what `make demo` runs)
+
+Compresses SmolLM2-135M to half its decoder weights on the CPU in several ways, judges each on the part of Python's
+language reference that no calibration saw, and prints a Markdown table and a sentence from the dense and the pivoted
+model. Checkpoints stay under --save_path; a second run uses them as they are and only judges again.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+import PIFA
+from utils import checkpoint as files
+from utils.errors import RunError, UsageError
+from utils.models import DTYPES
+from utils.report import markdown_table
+
+METHODS = {
+    "plain SVD": ["--prune", "svd", "--no-use_pifa"],
+    "SVD-LLM": ["--no-use_pifa", "--reconstruct_step", "0"],
+    "MPIFA, low-rank": [],
+}
+PIVOTED = "MPIFA, pivoted"
+PROMPT = "An import statement in Python"
+MODEL = ["--model", "smollm2", "--DEV", "cpu"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--density", default="0.5")
+    parser.add_argument("--eval_nsamples", default="8", help="windows of 512 tokens")
+    parser.add_argument("--save_path", default="./results/demo")
+    options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        show(options.density, options.eval_nsamples, options.save_path)
+    except (UsageError, RunError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def show(density: str, windows: str, save_path: str) -> None:
+    place = ["--save_path", save_path, "--resume", "--DEV", "cpu"]
+    records = {}
+    for method, flags in METHODS.items():
+        print(f"{method} at density {density}", file=sys.stderr)
+        records[method] = PIFA.run(["--mode", "m", *MODEL, "--dataset", "pydoc", "--density", density, *flags, *place])
+    last = records["MPIFA, low-rank"]
+    print(PIVOTED, file=sys.stderr)
+    records[PIVOTED] = PIFA.run(["--mode", "pifa", "--model_path", last["path"], *place])
+
+    paths = {"dense": "original"} | {method: record["path"] for method, record in records.items()}
+    mib = {"dense": dense_mib(last)} | {method: record["linear_mib"] for method, record in records.items()}
+    rows = []
+    for method, path in paths.items():
+        judged = ["--mode", "ppl", *MODEL, "--model_path", path, "--dataset", "pydoc", "--eval_nsamples", windows]
+        result = PIFA.run(judged)
+        speed = round(result["tokens_per_second"])
+        rows.append([method, f"{result['density']:.3f}", f"{mib[method]:.1f}", f"{result['ppl']:.5g}", speed])
+    print(markdown_table(["method", "density", "MiB of decoder weights", "perplexity", "tokens/s"], rows))
+    for method in ("dense", PIVOTED):
+        print(f"\n{method}:")
+        PIFA.run(["--mode", "generate", *MODEL, "--model_path", paths[method], "--prompt", PROMPT])  # prints it
+
+
+def dense_mib(record: dict) -> float:
+    """MiB of the same linears before compression, in the dtype of the compressed ones."""
+    layers = files.read_checkpoint(record["path"]).layers.values()
+    numbers = sum(layer["in_features"] * layer["out_features"] for layer in layers)
+    return numbers * DTYPES[record["dtype"]].itemsize / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main())
