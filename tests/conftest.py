@@ -1,0 +1,62 @@
+"""What the tests share. The models are in tests/tiny.py; nothing here or there needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import PIFA
+from tests import tiny
+
+hypothesis.settings.register_profile("facts", derandomize=True, deadline=None, max_examples=40, database=None)
+hypothesis.settings.load_profile("facts")
+torch.set_num_threads(1)  # for tiny tensors more are slower
+
+# a calibration that a tiny model gets: short, and still more tokens than a Gram matrix has rows
+SMALL = {"pruning_nsamples": 4, "reconstruct_nsamples": 4, "model_seq_len": 32, "DEV": "cpu"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: works on a real model, for minutes")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(tiny.text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A LLaMA with grouped queries and tied embeddings."""
+    return tiny.save_model(tmp_path_factory.mktemp("models") / "tiny", tiny.build())
+
+
+@pytest.fixture(scope="session")
+def arguments(model_folder, text_file):
+    """arguments(mode, flag=value, ...): a command line on the tiny model and the tiny text."""
+
+    def make(mode: str, **changes) -> list[str]:
+        return tiny.flags(mode, **{"model": model_folder, "dataset": text_file, **SMALL, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed(arguments, tmp_path_factory) -> Path:
+    """A low-rank checkpoint of the tiny model at density 0.6. Not to be written to."""
+    parent = tmp_path_factory.mktemp("lowrank")
+    return Path(PIFA.run(arguments("m", density=0.6, save_path=parent))["path"])
+
+
+@pytest.fixture(scope="session")
+def pivoted(arguments, compressed, tmp_path_factory) -> Path:
+    """The same, pivoted. Not to be written to."""
+    parent = tmp_path_factory.mktemp("pivoted")
+    return Path(PIFA.run(arguments("pifa", model_path=compressed, save_path=parent))["path"])

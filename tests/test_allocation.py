@@ -1,0 +1,138 @@
+"""component/allocation.py: ranks meet the density asked from below, for any shapes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from component.allocation import ALLOCATIONS, Budget, Module, by_type, mlp_density, uniform
+from component.cost import LOW_RANK, PIVOTED
+from utils.errors import UsageError
+
+FORMATS = [PIVOTED, LOW_RANK]
+
+
+def decoder(width: int = 576, keys: int = 192, mlp: int = 1536, layers: int = 3) -> list[Module]:
+    """Modules of a LLaMA: keys < width are grouped queries, mlp != width is an MLP that is not square."""
+    shapes = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }  # fmt: skip
+    return [
+        Module(f"layers.{layer}.{name}", *shape, attention=name.startswith("self_attn"))
+        for layer in range(layers)
+        for name, shape in shapes.items()
+    ]
+
+
+def numbers(modules) -> int:
+    return sum(module.numbers for module in modules)
+
+
+def stored(plan, modules, storage) -> int:
+    return sum(storage.stored(plan[module.name], module.d_out, module.d_in) for module in modules)
+
+
+def one_rank(plan, modules, storage) -> int:
+    """What one more rank in every compressed module would cost."""
+    return sum(
+        storage.stored(plan[m.name] + 1, m.d_out, m.d_in) - storage.stored(plan[m.name], m.d_out, m.d_in)
+        for m in modules
+        if plan[m.name] is not None
+    )
+
+
+WIDTHS = st.sampled_from([32, 48, 64, 96, 160])
+DECODERS = st.builds(decoder, WIDTHS, st.sampled_from([16, 32]), WIDTHS, st.integers(1, 3))
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+@given(modules=DECODERS, density=st.floats(0.2, 1.0))
+def test_uniform_never_exceeds_the_density_and_misses_by_less_than_a_rank(storage, modules, density):
+    plan = uniform(Budget(modules, density, storage))
+    assert list(plan) == [module.name for module in modules]
+    asked = density * numbers(modules)
+    assert stored(plan, modules, storage) <= asked * (1 + 1e-9)
+    # a module that is one rank short of dense can't be given one more: dense costs more than the last rank
+    spare = sum(
+        module.numbers - storage.stored(plan[module.name], module.d_out, module.d_in)
+        for module in modules
+        if plan[module.name] == min(module.d_out, module.d_in) - 1
+    )
+    assert stored(plan, modules, storage) + one_rank(plan, modules, storage) + max(spare, 0) >= asked * (1 - 1e-9)
+    for module in modules:
+        if plan[module.name] is not None:
+            assert storage.stored(plan[module.name], module.d_out, module.d_in) <= density * module.numbers + 1e-6
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+@given(modules=DECODERS, density=st.floats(0.4, 0.9), share=st.floats(0.6, 1.4))
+def test_by_type_holds_the_whole_density(storage, modules, density, share):
+    attention = density * share
+    budget = Budget(modules, density, storage, attention)
+    try:
+        mlp = mlp_density(modules, density, attention)
+    except UsageError:
+        mlp = None
+    if mlp is None or mlp < 0.2 or attention > 1:  # what can't be balanced has its own test below
+        return
+    kinds = [(attention, [m for m in modules if m.attention]), (mlp, [m for m in modules if not m.attention])]
+    assert sum(kind_density * numbers(kind) for kind_density, kind in kinds) == pytest.approx(density * numbers(modules))
+    plan = by_type(budget)
+    for kind_density, kind in kinds:
+        alone = uniform(Budget(kind, kind_density, storage))
+        assert {module.name: plan[module.name] for module in kind} == alone
+    assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("width", "keys", "mlp"), [(64, 64, 64), (64, 64, 172), (64, 16, 96), (96, 32, 64)])
+def test_mlp_density_is_counted_from_the_shapes(width, keys, mlp):
+    """Square, a LLaMA's MLP, grouped queries, an MLP narrower than the model."""
+    modules = decoder(width, keys, mlp)
+    attention_numbers = 3 * (2 * width * width + 2 * keys * width)
+    mlp_numbers = 3 * 3 * width * mlp
+    density = mlp_density(modules, 0.6, 0.5)
+    assert density == pytest.approx((0.6 * (attention_numbers + mlp_numbers) - 0.5 * attention_numbers) / mlp_numbers)
+
+
+def test_mlp_density_of_equal_densities_is_the_same():
+    assert mlp_density(decoder(), 0.55, 0.55) == pytest.approx(0.55)
+    plans = [
+        by_type(Budget(decoder(), 0.55, PIVOTED, 0.55)),
+        by_type(Budget(decoder(), 0.55, PIVOTED)),  # without --attn_ratio
+        uniform(Budget(decoder(), 0.55, PIVOTED)),
+    ]
+    assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize(("density", "attention"), [(0.9, 0.05), (0.2, 1.0)])
+def test_an_attention_density_that_no_mlp_balances_is_refused_with_the_range_that_works(density, attention):
+    modules = decoder(96, 96, 64)
+    with pytest.raises(UsageError, match="attention ratio between") as caught:
+        by_type(Budget(modules, density, PIVOTED, attention))
+    least, most = (float(word) for word in str(caught.value).split("between ")[1].split(" would")[0].split(" and "))
+    middle = 1 - (least + most) / 2
+    assert 0 < mlp_density(modules, density, middle) <= 1
+
+
+def test_a_model_of_one_type_has_nothing_to_balance():
+    modules = [module for module in decoder() if module.attention]
+    with pytest.raises(UsageError, match="outside of it"):
+        by_type(Budget(modules, 0.6, PIVOTED, 0.5))
+
+
+def test_density_one_keeps_every_module_dense():
+    assert set(uniform(Budget(decoder(), 1.0, PIVOTED)).values()) == {None}
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+def test_a_density_without_a_rank_is_refused_with_the_least_that_works(storage):
+    modules = decoder(64, 16, 96)
+    with pytest.raises(UsageError, match="leaves layers.0.self_attn") as caught:
+        uniform(Budget(modules, 0.001, storage))
+    first = modules[0]
+    assert f"at least {storage.numbers(1, first.d_out, first.d_in) / first.numbers:.4f}" in str(caught.value)
+
+
+def test_every_allocation_has_a_name():
+    assert ALLOCATIONS == {"uniform": uniform, "type": by_type}

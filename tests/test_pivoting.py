@@ -1,0 +1,128 @@
+"""component/pivoting.py: pivoting loses nothing, at the same rank or below it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from component.linear import PIFALinear
+from component.pivoting import LARGEST_COEFFICIENT, Pivots, pivot
+from tests.tiny import rand, relative
+from utils.errors import RunError
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
+
+
+def assembled(pivots: Pivots) -> Tensor:
+    """[W_p; C W_p] in order, row by row."""
+    stack = torch.cat([pivots.pivot_rows, pivots.coefficients @ pivots.pivot_rows])
+    return torch.stack([stack[place] for place in pivots.perm.tolist()])
+
+
+def check(u: Tensor, v: Tensor) -> Pivots:
+    """All that holds for any input, at any rank."""
+    pivots = pivot(u, v, "layer 3")
+    d_out, rank = u.shape[0], pivots.pivot_rows.shape[0]
+    assert relative(assembled(pivots), u.double() @ v.double()) < 1e-12
+    assert pivots.coefficients.shape == (d_out - rank, rank)
+    assert pivots.coefficients.numel() == 0 or pivots.coefficients.abs().max() <= LARGEST_COEFFICIENT + 1e-9
+    assert pivots.perm.dtype == torch.int32 and sorted(pivots.perm.tolist()) == list(range(d_out))
+    # sorted: places 0..r-1 of the stack appear in that order among the outputs, and so do the others
+    order = pivots.perm.tolist()
+    assert [p for p in order if p < rank] == list(range(rank))
+    assert [p for p in order if p >= rank] == list(range(rank, d_out))
+    return pivots
+
+
+@settings(max_examples=100)
+@given(SHAPES, st.data())
+def test_reproduces_the_product_at_the_same_rank(shape, data):
+    m, n, seed = shape
+    rank = data.draw(st.integers(1, min(m, n)))
+    assert check(rand(m, rank, seed=seed), rand(rank, n, seed=seed + 1)).pivot_rows.shape == (rank, n)
+
+
+@settings(max_examples=100)
+@given(SHAPES, st.data())
+def test_reproduces_products_with_a_steep_spectrum(shape, data):
+    """Singular values down to 1e-6 of the first, hidden by a mixing of the columns."""
+    m, n, seed = shape
+    rank = data.draw(st.integers(1, min(m, n)))
+    scales = torch.logspace(0, -data.draw(st.integers(0, 6)), rank, dtype=torch.float64)
+    mixing = torch.linalg.qr(rand(rank, rank, seed=seed + 2)).Q
+    check(rand(m, rank, seed=seed) * scales @ mixing, mixing.T @ rand(rank, n, seed=seed + 1))
+
+
+@given(SHAPES, st.data())
+def test_a_deficient_product_is_stored_at_its_own_rank(shape, data):
+    m, n, seed = shape
+    rank = data.draw(st.integers(1, min(m, n)))
+    true_rank = data.draw(st.integers(1, rank))
+    u = rand(m, true_rank, seed=seed) @ rand(true_rank, rank, seed=seed + 1)
+    assert check(u, rand(rank, n, seed=seed + 2)).pivot_rows.shape[0] == true_rank
+
+
+@pytest.mark.parametrize("deficient", ["u", "v", "product"])
+def test_a_lower_rank_is_logged(deficient, caplog):
+    u, v = rand(12, 5), rand(5, 9, seed=1)
+    if deficient == "u":
+        u[:, 3] = u[:, 0] + u[:, 1]
+    elif deficient == "v":
+        v[3] = v[0] - v[1]
+    else:  # two columns of u meet the same row of v: each factor has the full rank, but not so the product
+        u, v = torch.cat([u, u[:, :1]], dim=1), torch.cat([v, v[:1]])
+    kept = check(u, v).pivot_rows.shape[0]
+    assert kept == {"u": 4, "v": 4, "product": 5}[deficient]
+    assert [m for m in caplog.messages if m.startswith(f"layer 3: its numerical rank is {kept}, not {u.shape[1]}")]
+
+
+def test_a_full_rank_product_is_not_logged(caplog):
+    check(rand(12, 5), rand(5, 9, seed=1))
+    assert caplog.messages == []
+
+
+def test_zero_is_stored_at_rank_one():
+    pivots = pivot(torch.zeros(6, 3), torch.zeros(3, 4))
+    assert pivots.pivot_rows.shape == (1, 4)
+    assert torch.equal(assembled(pivots), torch.zeros(6, 4, dtype=torch.float64))
+
+
+def test_swaps_bring_large_coefficients_down():
+    """Rows that grow slowly are what elimination with row pivoting alone is bad at: its coefficients double."""
+    n = 12
+    lower = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64).tril(-1)
+    u = torch.cat([lower, -torch.ones(4, n, dtype=torch.float64)])
+    check(u, rand(n, n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_factors_are_pivoted_in_float64(dtype):
+    pivots = check(rand(20, 6).to(dtype), rand(6, 15, seed=1).to(dtype))
+    assert pivots.pivot_rows.dtype == pivots.coefficients.dtype == torch.float64
+
+
+def test_square_rank_needs_no_coefficients():
+    pivots = check(rand(5, 5), rand(5, 8, seed=1))
+    assert pivots.coefficients.numel() == 0
+    torch.testing.assert_close(pivots.pivot_rows, rand(5, 5) @ rand(5, 8, seed=1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_numbers_that_are_not_finite_are_an_error_that_names_the_module(factor, value):
+    factors = [rand(6, 3), rand(3, 5)]
+    factors[factor][1, 2] = value
+    with pytest.raises(RunError, match="layer 3"):
+        pivot(*factors, "layer 3")
+
+
+def test_same_input_gives_the_same_pivots():
+    first, second = (pivot(rand(30, 8), rand(8, 20, seed=1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_layer_made_of_pivots_is_the_product():
+    u, v, bias, x = rand(20, 6), rand(6, 15, seed=1), rand(20, seed=2), rand(4, 15, seed=3)
+    layer = PIFALinear.from_pivots(*pivot(u, v), bias, torch.float64)
+    assert relative(layer(x), x @ (u @ v).T + bias) < 1e-12

@@ -1,0 +1,259 @@
+"""component/streaming.py: the layer-by-layer driver against one that keeps every activation and runs whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from component.linear import LowRankLinear
+from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE
+from component.solvers import PRUNERS, default_step, make_solver
+from component.streaming import Flows, compress_layers, input_of
+from component.whitening import WHITENING_DAMPING
+from tests import tiny
+from utils.errors import RunError
+from utils.models import describe_layers, layer_inputs
+
+MIX_RATIO = 0.25
+WINDOWS = tiny.token_windows(6, 32)
+WHITENING, RECONSTRUCTION = 4, 6  # windows; 4 x 32 tokens are more than the 96 rows of the largest Gram matrix
+# what the papers call it -> --prune, --reconstruct_step, lambda
+METHODS = {
+    "exact": ("svd-llm", None, MIX_RATIO),
+    "exact, lambda 0": ("svd-llm", None, 0.0),
+    "W": ("svd-llm", 0, MIX_RATIO),
+    "W+U": ("svd-llm", 1, 0.0),
+    "W+M": ("svd-llm", 2, MIX_RATIO),
+    "V": ("svd-llm", -1, MIX_RATIO),
+    "svd": ("svd", 0, MIX_RATIO),
+    "svd+M": ("svd", 2, MIX_RATIO),
+}
+
+
+def ranks_of(described) -> dict[str, int | None]:
+    """Ranks that differ from module to module; the first o_proj and a whole group of the second layer stay dense."""
+    names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
+    plan: dict[str, int | None] = {name: 8 + 3 * (index % 5) for index, name in enumerate(names)}
+    dense = ("layers.0.self_attn.o_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.up_proj")
+    return {name: None if name.endswith(dense) else rank for name, rank in plan.items()}
+
+
+def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    u, sigma, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] * sigma[:rank], v[:rank]
+
+
+def damped(gram: Tensor, relative: float) -> tuple[Tensor, float]:
+    mu = relative * gram.diagonal().mean().item()
+    return gram + mu * torch.eye(len(gram), dtype=gram.dtype), mu
+
+
+def by_hand(method: str, weight: Tensor, x_dense: Tensor, x_low_rank: Tensor, rank: int) -> Tensor:
+    """W' from the inputs themselves, by the formulas of the papers. x: (d_in, tokens) float64."""
+    prune, step, mix_ratio = METHODS[method]
+    target = weight @ (mix_ratio * x_dense + (1 - mix_ratio) * x_low_rank)
+    gram = x_low_rank @ x_low_rank.T
+    if step is None:
+        solid, mu = damped(gram, EXACT_DAMPING)
+        root = torch.linalg.cholesky(solid)
+        u, v = truncated((target @ x_low_rank.T + mu * weight) @ torch.linalg.inv(root).T, rank)
+        return u @ v @ torch.linalg.inv(root)
+    if prune == "svd":
+        u, v = truncated(weight, rank)
+    else:
+        seen = x_dense[:, : WHITENING * WINDOWS.shape[1]]
+        root = torch.linalg.cholesky(damped(seen @ seen.T, WHITENING_DAMPING)[0])
+        u, v = truncated(weight @ root, rank)
+        v = v @ torch.linalg.inv(root)
+    if step in (1, 2):
+        inputs = v @ x_low_rank
+        u = target @ inputs.T @ torch.linalg.inv(inputs @ inputs.T)
+    if step in (2, -1):
+        ridge = PAPER_RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+        v = torch.linalg.pinv(u) @ (target @ x_low_rank.T + PAPER_RIDGE * weight) @ torch.linalg.inv(gram + ridge)
+    return u @ v
+
+
+@torch.no_grad()
+def inputs_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """What each named linear receives when the whole model reads all windows: (d_in, tokens) float64."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name):
+        return lambda _module, args: kept.update({name: args[0].flatten(0, -2).T.double()})
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    model(WINDOWS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def brute_force(model: nn.Module, described, plan, method: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Group after group: run both whole models, keep all activations, replace the group's weights.
+
+    Returns weight and low-rank-flow input of each linear.
+    """
+    small, results = copy.deepcopy(model), {}
+    for layer in described:
+        for group in layer.groups:
+            names = [f"{layer.name}.{name}" for name in group]
+            dense_inputs, low_rank_inputs = inputs_of(model, names), inputs_of(small, names)
+            for name in names:
+                linear = small.get_submodule(name)
+                if plan[name] is not None:
+                    weight = by_hand(method, linear.weight.double(), dense_inputs[name], low_rank_inputs[name], plan[name])
+                    linear.weight.copy_(weight)
+                results[name] = linear.weight.double(), low_rank_inputs[name]
+    return results
+
+
+def driven(model: nn.Module, plan, method: str, batch: int = 4, windows: Tensor = WINDOWS, dtype=torch.float32):
+    """The driver's layers."""
+    flows = Flows(windows, WHITENING, RECONSTRUCTION, batch)
+    solver = make_solver(*METHODS[method])
+    cpu = torch.device("cpu")
+    return dict(compress_layers(model, describe_layers(model), plan, solver, flows, cpu, dtype))
+
+
+def weights_of(layers, described) -> dict[str, Tensor]:
+    found = {}
+    for index, layer in enumerate(described):
+        for name in layer.linears():
+            module = layers[index].get_submodule(name)
+            dense = isinstance(module, nn.Linear)
+            found[f"{layer.name}.{name}"] = module.weight if dense else module.dense_weight()
+    return found
+
+
+def largest_difference(found: dict[str, Tensor], expected: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """Of the outputs on the calibration windows: in directions without data a weight is anything's guess."""
+    assert found.keys() == expected.keys()
+    return max(tiny.relative(found[name].double() @ x, weight @ x) for name, (weight, x) in expected.items())
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "gemma2", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_driver_is_the_brute_force(family, method):
+    """Whatever the batch; 4 windows at once leave a smaller last one."""
+    model = tiny.build(family)
+    described = describe_layers(model)
+    plan = ranks_of(described)
+    expected = brute_force(model, described, plan, method)
+    for batch in (1, 4):
+        found = weights_of(driven(model, plan, method, batch), described)
+        assert largest_difference(found, expected) < 1e-3
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_only_planned_linears_are_replaced_and_the_model_stays_as_it_was(family):
+    model = tiny.build(family).to(torch.bfloat16)
+    described = describe_layers(model)
+    plan = ranks_of(described)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers = driven(model, plan, "exact", dtype=torch.bfloat16)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for index, layer in enumerate(described):
+        for name in layer.linears():
+            rank, module = plan[f"{layer.name}.{name}"], layers[index].get_submodule(name)
+            original = model.get_submodule(f"{layer.name}.{name}")
+            if rank is None:
+                assert type(module) is nn.Linear and torch.equal(module.weight, original.weight)
+            else:
+                assert isinstance(module, LowRankLinear) and module.rank == rank
+                assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.bfloat16}
+            assert (module.bias is None) == (original.bias is None)
+            assert module.bias is None or torch.equal(module.bias, original.bias)
+
+
+@pytest.mark.parametrize(("prune", "step"), [("svd", 0), ("svd-llm", 0), ("svd-llm", 1), ("svd-llm", None)])
+def test_solvers_ask_only_for_the_moments_they_read(prune, step):
+    solver = make_solver(prune, step, MIX_RATIO)
+    assert solver.needs_dense_gram == (prune == "svd-llm" and step is not None)
+    assert solver.needs_low_rank_flow == solver.needs_gram == solver.needs_cross == (step != 0)
+    assert not make_solver(prune, step, 0.0).needs_cross
+
+
+def test_default_steps():
+    """Exact M does not look at the factors it starts from, so plain SVD would not be plain any more."""
+    assert {prune: default_step(prune) for prune in PRUNERS} == {"svd-llm": None, "svd": 0}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_skipping_later_linears_does_not_change_a_groups_input(family):
+    model = tiny.build(family)
+    hidden, keywords = layer_inputs(model, WINDOWS[:2])
+    for index, described in enumerate(describe_layers(model)):
+        layer, seen = model.get_submodule(described.name), {}
+        for group in described.groups:
+            handle = layer.get_submodule(group[0]).register_forward_pre_hook(
+                lambda _module, args, first=group[0]: seen.update({first: args[0]})
+            )
+            with torch.no_grad():
+                layer(hidden, **keywords[index])
+                handle.remove()
+                found = input_of(layer, described.from_group(group), hidden, keywords[index])
+            assert torch.equal(found, seen[group[0]])
+        assert len(seen) == len(described.groups)
+
+
+@pytest.mark.parametrize("method", ["exact", "W", "W+M"])
+@pytest.mark.parametrize("trouble", ["1 token", "dead channels"])
+def test_poor_data_gives_finite_layers(trouble, method):
+    """One window of 4 tokens has a Gram matrix of rank 4; a channel that is always 0 has a zero row."""
+    model, windows = tiny.build(), WINDOWS
+    if trouble == "1 token":
+        windows = WINDOWS[:1, :4]
+    else:
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:9] = 0
+            layer.mlp.up_proj.weight[:9] = 0
+    layers = driven(model, ranks_of(describe_layers(model)), method, windows=windows)
+    assert all(torch.isfinite(tensor).all() for layer in layers.values() for tensor in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("method", ["exact", "W", "W+M"])
+def test_numbers_that_are_not_finite_are_an_error_that_names_the_module(method):
+    model = tiny.build()
+    plan = ranks_of(describe_layers(model))
+    model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(RunError, match=r"layers\.1\.self_attn\.q_proj"):
+        driven(model, plan, method)
+
+
+def test_a_weight_that_is_not_finite_is_an_error_that_names_the_module():
+    """Plain SVD sees no data, and still must not write such a factor."""
+    model = tiny.build()
+    plan = ranks_of(describe_layers(model))
+    model.model.layers[0].mlp.gate_proj.weight[3, 3] = float("nan")
+    with pytest.raises(RunError, match=r"layers\.0\.mlp\.gate_proj"):
+        driven(model, plan, "svd")
+
+
+def test_layers_from_an_earlier_run_are_not_solved_again_and_the_flows_go_through_them():
+    model = tiny.build()
+    described = describe_layers(model)
+    plan = ranks_of(described)
+    whole = driven(model, plan, "exact")
+    solver = make_solver(*METHODS["exact"])
+    solved: list[str] = []
+
+    def solve(weight, moments, rank, name):
+        solved.append(name)
+        return solver.solve(weight, moments, rank, name)
+
+    def finished(index: int, layer: nn.Module) -> bool:
+        if index == 0:
+            for name, module in whole[0].named_children():
+                layer.set_submodule(name, copy.deepcopy(module))
+        return index == 0
+
+    counting = type(solver)(solve, needs_gram=True, needs_cross=True)
+    flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
+    cpu = torch.device("cpu")
+    layers = dict(compress_layers(model, described, plan, counting, flows, cpu, torch.float32, finished))
+    assert solved and all(name.startswith("model.layers.1.") for name in solved)
+    for index, layer in layers.items():
+        assert all(torch.equal(t, whole[index].state_dict()[name]) for name, t in layer.state_dict().items())
