@@ -1,8 +1,12 @@
 """What the tests share. The models are in tests/tiny.py; nothing here or there needs a network."""
 
 import os
+import shutil
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+# both are read when huggingface_hub is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = HF_HOME = tempfile.mkdtemp(prefix="pifa-tests-")  # leave the user's caches alone
 
 from pathlib import Path
 
@@ -23,6 +27,10 @@ SMALL = {"pruning_nsamples": 4, "reconstruct_nsamples": 4, "model_seq_len": 32, 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: works on a real model, for minutes")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""component/linalg.py: a Gram matrix that can't be factored is damped more, aloud; one that is not finite is an error."""
+"""component/linalg.py: what can't be factored is damped more, aloud; what is not finite is an error."""
 
 import pytest
 import torch

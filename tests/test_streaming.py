@@ -102,9 +102,9 @@ def brute_force(model: nn.Module, described, plan, method: str) -> dict[str, tup
             dense_inputs, low_rank_inputs = inputs_of(model, names), inputs_of(small, names)
             for name in names:
                 linear = small.get_submodule(name)
+                inputs = dense_inputs[name], low_rank_inputs[name]
                 if plan[name] is not None:
-                    weight = by_hand(method, linear.weight.double(), dense_inputs[name], low_rank_inputs[name], plan[name])
-                    linear.weight.copy_(weight)
+                    linear.weight.copy_(by_hand(method, linear.weight.double(), *inputs, plan[name]))
                 results[name] = linear.weight.double(), low_rank_inputs[name]
     return results
 
@@ -189,7 +189,7 @@ def test_skipping_later_linears_does_not_change_a_groups_input(family):
         layer, seen = model.get_submodule(described.name), {}
         for group in described.groups:
             handle = layer.get_submodule(group[0]).register_forward_pre_hook(
-                lambda _module, args, first=group[0]: seen.update({first: args[0]})
+                lambda _module, args, seen=seen, first=group[0]: seen.update({first: args[0]})
             )
             with torch.no_grad():
                 layer(hidden, **keywords[index])
