@@ -1,0 +1,37 @@
+"""component/moments.py: sums over batches are the sum over all tokens, in float64."""
+
+import pytest
+import torch
+
+from component.moments import add_product, full_precision
+from tests.tiny import rand, relative
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batches_add_up_to_the_whole(batch, dtype):
+    left, right = rand(5, 7, 4).to(dtype), rand(5, 7, 3, seed=1).to(dtype)
+    total = None
+    for part_left, part_right in zip(left.split(batch), right.split(batch), strict=True):
+        total = add_product(total, part_left, part_right)
+    assert total.dtype == torch.float64
+    assert relative(total, left.reshape(35, 4).double().T @ right.reshape(35, 3).double()) < 1e-6
+
+
+def test_a_small_batch_counts_beside_a_large_total():
+    """In float32 the 1 would be lost."""
+    total = torch.full((1, 1), 1e9, dtype=torch.float64)
+    assert add_product(total, torch.ones(1, 1), torch.ones(1, 1)).item() == 1e9 + 1
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_full_precision_is_given_back(before):
+    original = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyError), full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(original)
