@@ -9,11 +9,15 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
+
+import torch
 
 import PIFA
 from utils import checkpoint as files
+from utils import models
 from utils.errors import RunError, UsageError
-from utils.models import DTYPES
 from utils.report import markdown_table
 
 METHODS = {
@@ -23,7 +27,6 @@ METHODS = {
 }
 PIVOTED = "MPIFA, pivoted"
 PROMPT = "An import statement in Python"
-MODEL = ["--model", "smollm2", "--DEV", "cpu"]
 
 
 def main() -> int:
@@ -43,11 +46,12 @@ def main() -> int:
 
 
 def show(density: str, windows: str, save_path: str) -> None:
+    model = ["--model", str(unpacked("smollm2", Path(save_path))), "--DEV", "cpu"]
     place = ["--save_path", save_path, "--resume", "--DEV", "cpu"]
     records = {}
     for method, flags in METHODS.items():
         print(f"{method} at density {density}", file=sys.stderr)
-        records[method] = PIFA.run(["--mode", "m", *MODEL, "--dataset", "pydoc", "--density", density, *flags, *place])
+        records[method] = PIFA.run(["--mode", "m", *model, "--dataset", "pydoc", "--density", density, *flags, *place])
     last = records["MPIFA, low-rank"]
     print(PIVOTED, file=sys.stderr)
     records[PIVOTED] = PIFA.run(["--mode", "pifa", "--model_path", last["path"], *place])
@@ -56,21 +60,35 @@ def show(density: str, windows: str, save_path: str) -> None:
     mib = {"dense": dense_mib(last)} | {method: record["linear_mib"] for method, record in records.items()}
     rows = []
     for method, path in paths.items():
-        judged = ["--mode", "ppl", *MODEL, "--model_path", path, "--dataset", "pydoc", "--eval_nsamples", windows]
+        judged = ["--mode", "ppl", *model, "--model_path", path, "--dataset", "pydoc", "--eval_nsamples", windows]
         result = PIFA.run(judged)
         speed = round(result["tokens_per_second"])
         rows.append([method, f"{result['density']:.3f}", f"{mib[method]:.1f}", f"{result['ppl']:.5g}", speed])
     print(markdown_table(["method", "density", "MiB of decoder weights", "perplexity", "tokens/s"], rows))
     for method in ("dense", PIVOTED):
         print(f"\n{method}:")
-        PIFA.run(["--mode", "generate", *MODEL, "--model_path", paths[method], "--prompt", PROMPT])  # prints it
+        PIFA.run(["--mode", "generate", *model, "--model_path", paths[method], "--prompt", PROMPT])  # prints it
+
+
+def unpacked(name: str, save_path: Path) -> Path:
+    """The model as a float32 safetensors folder: it is loaded five times, and unpacking a GGUF file is slow."""
+    folder = save_path / name
+    if not folder.exists():
+        source = models.find_source(name)
+        save_path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_path) as temporary:
+            whole = Path(temporary) / name
+            models.load_model(source, torch.float32).save_pretrained(whole)
+            models.load_tokenizer(source).save_pretrained(whole)
+            whole.rename(folder)
+    return folder
 
 
 def dense_mib(record: dict) -> float:
     """MiB of the same linears before compression, in the dtype of the compressed ones."""
     layers = files.read_checkpoint(record["path"]).layers.values()
     numbers = sum(layer["in_features"] * layer["out_features"] for layer in layers)
-    return numbers * DTYPES[record["dtype"]].itemsize / 2**20
+    return numbers * models.DTYPES[record["dtype"]].itemsize / 2**20
 
 
 if __name__ == "__main__":
