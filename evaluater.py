@@ -133,6 +133,7 @@ def _load(options: Namespace, source: models.Source) -> tuple[nn.Module, report.
         {
             "command": options.command,
             "model": stored.get("model", options.model),
+            "dataset": stored.get("dataset"),
             "path": source.location if compressed else "original",
             "dtype": dtype,
             "seed": options.seed,

@@ -52,7 +52,7 @@ def pivot(u: Tensor, v: Tensor, what: str = "module") -> Pivots:
 
 def _has_full_rank(u: Tensor, v: Tensor) -> bool:
     """A cheap screen on u R^T with v^T = Q R: its LU diagonal collapses where a direction is absent."""
-    diagonal = torch.linalg.lu_factor(u @ torch.linalg.qr(v.T, mode="r").R.T).LU.diagonal().abs()
+    diagonal = torch.linalg.lu_factor_ex(u @ torch.linalg.qr(v.T, mode="r").R.T).LU.diagonal().abs()
     return bool(diagonal.min() > RANK_TOLERANCE * diagonal.max())
 
 

@@ -17,6 +17,8 @@ from component.solvers import Solver
 from utils.errors import RunError
 from utils.models import DecoderLayer, layer_inputs, map_tensors, run_layer
 
+STATES_SHARE = 0.25  # of the card's free memory
+
 
 @dataclass(frozen=True)
 class Flows:
@@ -53,6 +55,7 @@ def compress_layers(
     layers = [model.get_submodule(layer.name) for layer in described]
     needs_flow = solver.needs_dense_gram or solver.needs_low_rank_flow
     dense_states, keywords = layer_inputs(model, flows.windows if needs_flow else flows.windows[:1, :1])
+    dense_states = dense_states.to(_home(dense_states, device))
     # the first layer sees the same input in both flows
     low_rank_states = dense_states.clone() if solver.needs_low_rank_flow else None
 
@@ -77,6 +80,14 @@ def compress_layers(
                     _advance(small, low_rank_states, kwargs, flows.batch)
         layer.to("cpu")
         yield index, small
+
+
+def _home(states: Tensor, device: torch.device) -> torch.device:
+    """Where hidden states live: on the card while both flows take less than a quarter of what is free there."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 2 * states.numel() * states.element_size() < STATES_SHARE * free else torch.device("cpu")
 
 
 def collect(

@@ -53,7 +53,10 @@ def read_text(dataset: str | None, split: str) -> Text:
                 f"--dataset {dataset} is not cached and the hub can't be reached; give a local file, or pydoc"
             )
         return Text(dataset, _join(_hub_rows(dataset, split)))
-    return Text(dataset, _read_path(Path(dataset)))
+    try:
+        return Text(dataset, _read_path(Path(dataset)))
+    except (OSError, ValueError) as error:  # no UTF-8, no parquet
+        raise UsageError(f"cannot read {dataset}: {error}") from error
 
 
 def check_name(dataset: str | None) -> None:
@@ -92,7 +95,11 @@ def _read_path(path: Path) -> str:
     if path.suffix == ".parquet":
         import datasets
 
-        return _join(_text_column(str(path), datasets.Dataset.from_parquet(str(path))))
+        try:
+            rows = datasets.Dataset.from_parquet(str(path))
+        except datasets.exceptions.DatasetsError as error:
+            raise UsageError(f"cannot read {path}: {error.__cause__ or error}") from error
+        return _join(_text_column(str(path), rows))
     raise UsageError(f"{path}: a dataset path is a .txt, .jsonl or .parquet file, or a folder saved by `datasets`")
 
 
@@ -173,7 +180,7 @@ def _hub_rows(dataset: str, split: str) -> Iterable[str]:
         entry["verification_mode"] = "no_checks"
     try:
         rows = datasets.load_dataset(**entry, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot load dataset {dataset} ({first}); give a local file, or pydoc") from error
     if dataset == "c4":

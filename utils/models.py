@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -93,7 +94,10 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         arguments["use_safetensors"] = True
     with _readable(source):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source.location, output_loading_info=True, **arguments
+            source.location,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in info, and refused below
+            **arguments,
         )
     model, info = loaded
     wrong = {kind: keys for kind, keys in info.items() if keys and kind != "unexpected_keys"}
@@ -125,7 +129,7 @@ def _readable(source: Source) -> Iterator[None]:
     """Turn the library's ways of not finding a model into one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(f"cannot load model {source.location}: {first}") from error
 

@@ -20,9 +20,10 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--calibration", required=True, help="text file, such as WikiText-2 validation")
     parser.add_argument("--test", required=True, help="text file, such as WikiText-2 test")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--densities", nargs="+", default=["0.8", "0.6", "0.5", "0.4"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--nsamples", default="64")
@@ -32,7 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
 
-    length = ["--model_seq_len", options.model_seq_len]
+    length = ["--model_seq_len", options.model_seq_len, "--model", options.model]
     common = ["--dataset", options.calibration, "--save_path", options.save_path, "--resume", *length]
     common += ["--pruning_nsamples", options.nsamples, "--reconstruct_nsamples", options.nsamples]
 
