@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overall_ratio", type=float, help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2)")
     add("--density", type=float, help="the same the other way round: fraction kept, in (0,1]")
     add("--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (selects type)")
-    add("--allocation", help="how ranks are shared out: uniform or type (default: uniform)")
+    add("--allocation", help="how ranks are shared out: uniform, type, kl or a plan.json (default: uniform)")
     add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
 
     method = parser.add_argument_group("how (m)")
@@ -52,6 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
     add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")
     add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
+    add("--drift_factor", type=float, default=0.0, help="share of the residual stream's drift that writers repair")
+    add("--output_shrinkage", type=float, help="weigh output errors by their gradients, shrunk by this share in (0,1]")
+    add("--profile_nsamples", type=int, default=8, help="windows of the profile (kl, --output_shrinkage)")
+    add("--profiling_mat_path", help="folder of the profile, made or reused (default: under --save_path)")
     add("--seed", type=int, default=3, help="of the windows' random starts")
 
     text = parser.add_argument_group("data and evaluation")
@@ -89,15 +93,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _fill_density(options)
     if options.allocation is None:
         options.allocation = "uniform" if options.attn_ratio is None else "type"
-    _check_choice("--allocation", options.allocation, tuple(ALLOCATIONS))
+    if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
+        raise UsageError(
+            f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
+        )
+    if options.allocation.endswith(".json") and not os.path.isfile(options.allocation):
+        raise UsageError(f"no such plan: {options.allocation}")
     if options.attn_ratio is not None and options.allocation != "type":
         raise UsageError(f"--attn_ratio selects --allocation type and can't go with {options.allocation}")
     if options.allocation == "type" and options.attn_ratio is None:
         raise UsageError("--allocation type needs --attn_ratio, the fraction removed in attention")
-    if not 0 <= options.old_output_factor <= 1:
-        raise UsageError(f"--old_output_factor {options.old_output_factor:g} is outside [0,1]")
+    for flag in ("old_output_factor", "drift_factor"):
+        if not 0 <= getattr(options, flag) <= 1:
+            raise UsageError(f"--{flag} {getattr(options, flag):g} is outside [0,1]")
     if options.reconstruct_step is None:
         options.reconstruct_step = default_step(options.prune)
+    if options.drift_factor and options.reconstruct_step == 0:
+        raise UsageError("--drift_factor needs a reconstruction: leave out --reconstruct_step 0")
+    if options.output_shrinkage is not None and options.reconstruct_step is not None:
+        raise UsageError("--output_shrinkage is for the exact solver: leave out --reconstruct_step, use svd-llm")
+    if options.output_shrinkage is not None and not 0 < options.output_shrinkage <= 1:
+        raise UsageError(f"--output_shrinkage {options.output_shrinkage:g} is outside (0,1]")
     for dataset in options.dataset or []:
         check_name(dataset)
     if len(options.dataset or []) > 1 and options.mode != "ppl":
@@ -109,7 +125,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if options.DEV == "cpu" and options.mode in ("m", "ppl"):
                 logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
     counts = ("pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "eval_batch_size", "eval_nsamples")
-    for name in (*counts, "max_new_tokens"):
+    for name in (*counts, "profile_nsamples", "max_new_tokens"):
         value = getattr(options, name)
         least = 2 if name == "model_seq_len" else 1  # one token predicts nothing
         if value is not None and value < least:

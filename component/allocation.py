@@ -4,11 +4,18 @@ An allocation is a function from a `Budget` to a plan; it never sees a model. To
 name it in ALLOCATIONS.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from component.cost import StorageFormat
 from utils.errors import UsageError
+
+RANK_FLOOR = 0.3  # of the uniform rank
+PRICE_BISECTIONS = 100
+MOST_PRICE = 1e30
 
 Plan = dict[str, int | None]  # module name -> rank, None where the module stays dense
 
@@ -31,13 +38,15 @@ class Module:
 class Budget:
     """What an allocation decides on: modules in model order, the density asked, the format that is paid for.
 
-    attention_density is None unless the user gave --attn_ratio.
+    attention_density is None unless the user gave --attn_ratio. curves: by module, the expected loss at every rank
+    from 0 to min(d_out, d_in), where an allocation asks for them.
     """
 
     modules: Sequence[Module]
     density: float
     storage: StorageFormat
     attention_density: float | None = None
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def uniform(budget: Budget) -> Plan:
@@ -87,4 +96,82 @@ def _plan(budget: Budget, density_of: Callable[[Module], float]) -> Plan:
     return plan
 
 
-ALLOCATIONS: dict[str, Callable[[Budget], Plan]] = {"uniform": uniform, "type": by_type}
+class Choices(NamedTuple):
+    """What one module can become: ranks (dense, the last, as its full rank), loss and stored numbers of each."""
+
+    ranks: np.ndarray
+    losses: np.ndarray
+    numbers: np.ndarray
+
+
+def by_loss(budget: Budget) -> Plan:
+    """The ranks of least total expected loss within the budget, over the true storage cost, dense included.
+
+    The cost is concave in the rank and the loss convex, so the best plans are mixed: some modules dense, others low.
+    Lagrangian bisection finds the price at which every module, choosing for itself, fits the budget; what is left
+    over buys the best affordable upgrades. No module falls below a share of its uniform rank: the loss of a module
+    alone says too little about extreme ranks (LEMS uses the same floor).
+    """
+    total = budget.density * sum(module.numbers for module in budget.modules) * (1 + 1e-12)
+    floors = uniform(budget)
+    choices = {module.name: _choices(module, floors[module.name], budget) for module in budget.modules}
+    low, high = 0.0, 1.0
+    while _spent(choices, _at_price(choices, high)) > total:
+        low, high = high, high * 16
+        if high > MOST_PRICE:
+            raise UsageError(f"no ranks fit density {budget.density:g}: ask for more")
+    for _ in range(PRICE_BISECTIONS):
+        price = (low + high) / 2
+        low, high = (price, high) if _spent(choices, _at_price(choices, price)) > total else (low, price)
+    chosen = _at_price(choices, high)
+    _spend_rest(choices, chosen, total - _spent(choices, chosen))
+    plan: Plan = {}
+    for module in budget.modules:
+        options = choices[module.name]
+        dense = chosen[module.name] == len(options.ranks) - 1
+        plan[module.name] = None if dense else int(options.ranks[chosen[module.name]])
+    return plan
+
+
+def _choices(module: Module, floor: int | None, budget: Budget) -> Choices:
+    full = min(module.d_out, module.d_in)
+    least = full if floor is None else max(1, int(RANK_FLOOR * floor))
+    ranks = np.arange(min(least, full - 1), full)
+    numbers = np.array([budget.storage.numbers(int(rank), module.d_out, module.d_in) for rank in ranks], dtype=float)
+    pays = numbers < module.numbers
+    curve = np.asarray(budget.curves[module.name], dtype=float)
+    return Choices(
+        np.append(ranks[pays], full), np.append(curve[ranks[pays]], 0.0), np.append(numbers[pays], module.numbers)
+    )
+
+
+def _at_price(choices: Mapping[str, Choices], price: float) -> dict[str, int]:
+    # losses per token are small and numbers are millions: the price is per million
+    return {name: int(np.argmin(c.losses + price * 1e-6 * c.numbers)) for name, c in choices.items()}
+
+
+def _spent(choices: Mapping[str, Choices], chosen: Mapping[str, int]) -> float:
+    return sum(c.numbers[chosen[name]] for name, c in choices.items())
+
+
+def _spend_rest(choices: Mapping[str, Choices], chosen: dict[str, int], rest: float) -> None:
+    """Upgrade, in place, the module that gains most per number, until nothing affordable gains."""
+    while True:
+        best, upgrade = 0.0, None
+        for name, c in choices.items():
+            now = chosen[name]
+            extra, gain = c.numbers - c.numbers[now], c.losses[now] - c.losses
+            affordable = (extra > 0) & (extra <= rest)
+            rates = np.where(affordable, gain / np.where(affordable, extra, 1.0), 0.0)
+            index = int(np.argmax(rates))
+            if rates[index] > best:
+                best, upgrade = rates[index], (name, index, extra[index])
+        if upgrade is None:
+            return
+        name, index, extra = upgrade
+        chosen[name] = index
+        rest -= extra
+
+
+ALLOCATIONS: dict[str, Callable[[Budget], Plan]] = {"uniform": uniform, "type": by_type, "kl": by_loss}
+PROFILED = ("kl",)  # those that read Budget.curves

@@ -4,6 +4,7 @@ import json
 import logging
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from transformers import PreTrainedModel
 
 import component.integration
 import component.linear
-from component.allocation import ALLOCATIONS, Budget, Module, Plan
+from component.allocation import ALLOCATIONS, PROFILED, Budget, Module, Plan
 from component.cost import LOW_RANK, PIVOTED, StorageFormat
 from component.integration import FORMAT_VERSION, METHOD
+from component.plan import plan_as_json, read_plan
+from component.profile import Profile, make_profile
+from component.sensitivity import output_weighting
 from component.solvers import make_solver
 from component.streaming import Flows, compress_layers
 from utils import checkpoint as files
@@ -55,8 +59,15 @@ def run(options: Namespace) -> dict[str, Any]:
     modules = _modules(model, described)
     storage = PIVOTED if options.use_pifa else LOW_RANK
     attention = None if options.attn_ratio is None else 1 - options.attn_ratio
-    plan = ALLOCATIONS[options.allocation](Budget(modules, options.density, storage, attention))
-    solver = make_solver(options.prune, options.reconstruct_step, options.old_output_factor)
+    profile = _profile(options, source, identity, model, described, windows, device)
+    curves = profile.curves if profile else {}
+    plan = _plan(options, Budget(modules, options.density, storage, attention, curves))
+    weighting = None
+    if profile and options.output_shrinkage is not None:
+        weighting = partial(_weighting, profile, options.output_shrinkage)
+    solver = make_solver(
+        options.prune, options.reconstruct_step, options.old_output_factor, options.drift_factor, weighting
+    )
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
     _announce(options, model, modules, flows, device)
@@ -79,6 +90,7 @@ def run(options: Namespace) -> dict[str, Any]:
 
     entries = layer_entries(modules, plan)
     with tempfile.TemporaryDirectory() as temporary:
+        files.write_json(Path(temporary) / "plan.json", plan_as_json(plan))
         beside = _files_beside(Path(temporary), model, tokenizer)
         writer.describe(folder_config(model, dtype, entries), beside)
     record = {
@@ -94,6 +106,35 @@ def run(options: Namespace) -> dict[str, Any]:
         "versions": report.versions(),
     }
     return writer.seal(record)
+
+
+def _plan(options: Namespace, budget: Budget) -> Plan:
+    """By the named allocation, or from the user's file."""
+    if options.allocation in ALLOCATIONS:
+        return ALLOCATIONS[options.allocation](budget)
+    return read_plan(Path(options.allocation), budget.modules)
+
+
+def _profile(options, source: Source, identity, model, described, windows: Tensor, device) -> Profile | None:
+    """The profile, where allocation or solver asks for one: made here, or taken from an earlier run."""
+    if options.allocation not in PROFILED and options.output_shrinkage is None:
+        return None
+    rows = windows[: options.profile_nsamples]
+    settings = {
+        "model": options.model,
+        "weights": identity["weights"],
+        "windows_sha256": files.hash_of(rows.tolist()),
+        "seed": options.seed,
+        "output_shrinkage": options.output_shrinkage,
+    }
+    hashed = files.hash_of(settings)
+    default = Path(options.save_path) / f"profile_{source.name}_{hashed[:8]}"
+    folder = Path(options.profiling_mat_path or default)
+    return make_profile(folder, hashed, model, described, rows, options.output_shrinkage, device, options.seed)
+
+
+def _weighting(profile: Profile, shrinkage: float, name: str) -> Tensor:
+    return output_weighting(profile.output_gram(name), shrinkage, name)
 
 
 def _identity(options, source: Source, config, dataset: str, windows: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -112,12 +153,19 @@ def _identity(options, source: Source, config, dataset: str, windows: Tensor, dt
         "attn_ratio": options.attn_ratio,
         "reconstruct_step": options.reconstruct_step,
         "old_output_factor": options.old_output_factor,
+        "drift_factor": options.drift_factor,
+        "output_shrinkage": options.output_shrinkage,
+        "profile_nsamples": options.profile_nsamples,
         "use_pifa": options.use_pifa,
         "pruning_nsamples": options.pruning_nsamples,
         "reconstruct_nsamples": options.reconstruct_nsamples,
         "model_seq_len": options.model_seq_len,
     }
-    return {"settings": settings, "hash": files.hash_of({**settings, "weights": _fingerprint(source)})}
+    weights = _fingerprint(source)
+    decisive = {**settings, "weights": weights}
+    if Path(options.allocation).is_file():
+        decisive["plan"] = files.sha256(Path(options.allocation))
+    return {"settings": settings, "weights": weights, "hash": files.hash_of(decisive)}
 
 
 def _fingerprint(source: Source) -> dict[str, Any]:
@@ -129,9 +177,9 @@ def _fingerprint(source: Source) -> dict[str, Any]:
 
 
 def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
-    return (
-        f"{options.prefix}{source.name}_{options.prune}_{options.density:g}_{options.allocation}_{identity['hash'][:8]}"
-    )
+    allocation = Path(options.allocation).stem
+    parts = (options.prefix + source.name, options.prune, f"{options.density:g}", allocation, identity["hash"][:8])
+    return "_".join(parts)
 
 
 def _modules(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Module]:

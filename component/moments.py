@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Sums over tokens, (d_in, d_in) float64 each; None where the solver does not ask for it.
+    """Sums over tokens, float64; None where the solver does not ask for it, or the module has none.
 
-    gram: G = X_u X_u^T of the low-rank flow. cross: C = X_o X_u^T. dense_gram: X_o X_o^T of the dense flow.
+    (d_in, d_in) each: gram: G = X_u X_u^T of the low-rank flow. cross: C = X_o X_u^T. dense_gram: X_o X_o^T of the
+    dense flow. drift: (H_o - H_u) X_u^T, (width, d_in), with H the residual stream that the module writes into.
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
     dense_gram: Tensor | None = None
+    drift: Tensor | None = None
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

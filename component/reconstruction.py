@@ -15,30 +15,55 @@ EXACT_DAMPING = 1e-3  # mu of the exact solver, of the mean diagonal of G
 PAPER_RIDGE = 1e-3  # alpha of the paper's V step, absolute, on raw sums
 
 
-def target_moment(weight: Tensor, gram: Tensor, cross: Tensor | None, mix_ratio: float) -> Tensor:
-    """Y_t X_u^T = W (lambda C + (1 - lambda) G): (d_out, d_in) float64.
+def target_moment(
+    weight: Tensor,
+    gram: Tensor,
+    cross: Tensor | None,
+    mix_ratio: float,
+    drift: Tensor | None = None,
+    drift_ratio: float = 0.0,
+) -> Tensor:
+    """Y_t X_u^T = W (lambda C + (1 - lambda) G) + rho (H_o - H_u) X_u^T: (d_out, d_in) float64.
 
-    weight: (d_out, d_in); gram, cross: (d_in, d_in) float64; mix_ratio: lambda. cross may be None where lambda is 0.
+    The last term is ours: a module that adds to a residual stream that has itself drifted from H_o to H_u is asked to
+    repair a share rho of the drift. With rho = lambda the target of stream and module together is lambda times what
+    the dense flow holds after the addition plus 1 - lambda times what the original module would make of the low-rank
+    flow.
+
+    weight: (d_out, d_in); gram, cross: (d_in, d_in); drift: (d_out, d_in), float64; mix_ratio: lambda; drift_ratio:
+    rho. cross and drift may be None where their ratio is 0 or the module writes into no stream.
     """
     mixed = gram if cross is None else mix_ratio * cross + (1 - mix_ratio) * gram
-    return weight.double() @ mixed
+    target = weight.double() @ mixed
+    return target if drift is None else target + drift_ratio * drift
 
 
 def exact_factors(
-    weight: Tensor, target: Tensor, gram: Tensor, rank: int, damping: float = EXACT_DAMPING, what: str = "module"
+    weight: Tensor,
+    target: Tensor,
+    gram: Tensor,
+    rank: int,
+    damping: float = EXACT_DAMPING,
+    weighting: Tensor | None = None,
+    what: str = "module",
 ) -> tuple[Tensor, Tensor]:
     """The minimiser of ||Y_t - W' X_u||^2 + mu ||W - W'||^2 over all W' of rank r, in closed form.
 
     Reduced-rank regression: with B = Y_t X_u^T + mu W and G + mu I = L L^T, W' = [B L^-T]_r L^-1. It is what
     alternating U and V steps converge to (SAES-SVD and AA-SVD use the same form); the ridge pulls towards W, not
-    towards zero.
+    towards zero. With a weighting L_g both norms are those of L_g^T times their argument, errors count by what they do
+    to the model's output, and W' = L_g^-T [L_g^T B L^-T]_r L^-1 (IO-SVD and OBD-LLM weigh both sides so).
 
     weight: (d_out, d_in); target: (d_out, d_in) = Y_t X_u^T, float64; gram: (d_in, d_in) float64;
-    damping: mu over the mean diagonal of gram. Returns balanced u: (d_out, r), v: (r, d_in), float64.
+    damping: mu over the mean diagonal of gram; weighting: L_g (d_out, d_out) lower triangular, float64, or None.
+    Returns balanced u: (d_out, r), v: (r, d_in), float64.
     """
     factor, mu = damped_cholesky(gram, damping, what)
     moment = target + mu * weight.double()
-    u, v = truncate(torch.linalg.solve_triangular(factor, moment.T, upper=False).T, rank)
+    whitened = torch.linalg.solve_triangular(factor, moment.T, upper=False).T
+    u, v = truncate(whitened if weighting is None else weighting.T @ whitened, rank)
+    if weighting is not None:
+        u = torch.linalg.solve_triangular(weighting.T, u, upper=True)
     return balance(u, torch.linalg.solve_triangular(factor, v, upper=False, left=False))
 
 

@@ -21,6 +21,7 @@ class Solver:
     needs_dense_gram: bool = False
     needs_gram: bool = False
     needs_cross: bool = False
+    needs_drift: bool = False
 
     @property
     def needs_low_rank_flow(self) -> bool:
@@ -32,14 +33,26 @@ def default_step(prune: str) -> int | None:
     return EXACT if prune == "svd-llm" else 0
 
 
-def make_solver(prune: str, step: int | None, mix_ratio: float) -> Solver:
-    """prune: one of PRUNERS gives the factors; step: None exact M, 0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda."""
-    use_cross = mix_ratio > 0
+def make_solver(
+    prune: str,
+    step: int | None,
+    mix_ratio: float,
+    drift_ratio: float = 0.0,
+    weighting: Callable[[str], Tensor] | None = None,
+) -> Solver:
+    """prune: one of PRUNERS gives the factors; step: None exact M, 0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
+
+    drift_ratio: rho; weighting: module name -> L_g, on any device, for the exact solver only.
+    """
+
+    def target_of(weight: Tensor, moments: Moments) -> Tensor:
+        assert moments.gram is not None
+        return target_moment(weight, moments.gram, moments.cross, mix_ratio, moments.drift, drift_ratio)
 
     def exact(weight: Tensor, moments: Moments, rank: int, name: str):
         assert moments.gram is not None
-        target = target_moment(weight, moments.gram, moments.cross, mix_ratio)
-        return exact_factors(weight, target, moments.gram, rank, what=name)
+        left = None if weighting is None else weighting(name).to(weight.device)
+        return exact_factors(weight, target_of(weight, moments), moments.gram, rank, weighting=left, what=name)
 
     def start(weight: Tensor, moments: Moments, rank: int, name: str):
         if prune == "svd":
@@ -49,13 +62,13 @@ def make_solver(prune: str, step: int | None, mix_ratio: float) -> Solver:
 
     def alternating(weight: Tensor, moments: Moments, rank: int, name: str):
         assert moments.gram is not None and step is not None
-        target = target_moment(weight, moments.gram, moments.cross, mix_ratio)
         factors = start(weight, moments, rank, name)
-        return alternating_factors(weight, target, moments.gram, factors, step, name)
+        return alternating_factors(weight, target_of(weight, moments), moments.gram, factors, step, name)
 
-    if step is EXACT:
-        return Solver(exact, needs_gram=True, needs_cross=use_cross)
     whitened = prune == "svd-llm"
     if step == 0:
         return Solver(start, needs_dense_gram=whitened)
-    return Solver(alternating, needs_dense_gram=whitened, needs_gram=True, needs_cross=use_cross)
+    flows = {"needs_gram": True, "needs_cross": mix_ratio > 0, "needs_drift": drift_ratio > 0}
+    if step is EXACT:
+        return Solver(exact, **flows)
+    return Solver(alternating, needs_dense_gram=whitened, **flows)

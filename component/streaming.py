@@ -33,6 +33,12 @@ class Flows:
     reconstruction: int
     batch: int = 1
 
+    def needed_by(self, solver: Solver) -> Tensor:
+        """The windows that go through the layers; a solver that looks at no data still needs a layer's keywords."""
+        if solver.needs_low_rank_flow:
+            return self.windows
+        return self.windows[: self.whitening] if solver.needs_dense_gram else self.windows[:1, :1]
+
 
 def compress_layers(
     model: PreTrainedModel,
@@ -53,8 +59,7 @@ def compress_layers(
     Raises: RunError naming the module where a moment or a factor is not finite.
     """
     layers = [model.get_submodule(layer.name) for layer in described]
-    needs_flow = solver.needs_dense_gram or solver.needs_low_rank_flow
-    dense_states, keywords = layer_inputs(model, flows.windows if needs_flow else flows.windows[:1, :1])
+    dense_states, keywords = layer_inputs(model, flows.needed_by(solver))
     dense_states = dense_states.to(_home(dense_states, device))
     # the first layer sees the same input in both flows
     low_rank_states = dense_states.clone() if solver.needs_low_rank_flow else None
@@ -64,20 +69,26 @@ def compress_layers(
         small = copy.deepcopy(dense)
         kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
         with torch.no_grad(), full_precision():
-            if not finished(index, small):
+            done = finished(index, small)
+            alone = low_rank_states is None  # the dense flow then goes on while it is measured
+            grams = {}
+            if solver.needs_dense_gram and (alone or not done):
+                grams = dense_grams(dense, names, flows, dense_states, kwargs, advance=alone)
+            if not done:
                 for group in names.groups:
                     ranks = {name: plan[f"{names.name}.{name}"] for name in group}
                     if all(rank is None for rank in ranks.values()):
                         continue
-                    later = names.from_group(group)
-                    moments = collect(dense, small, later, solver, flows, dense_states, low_rank_states, kwargs)
+                    moments = Moments(dense_gram=grams.get(group))
+                    if low_rank_states is not None:
+                        flow_states = (dense_states, low_rank_states)
+                        collect(moments, dense, small, names, group, solver, flows, flow_states, kwargs)
                     for name, rank in ranks.items():
                         if rank is not None:
                             _replace(small, name, rank, solver, moments, f"{names.name}.{name}", dtype)
-            if needs_flow and index + 1 < len(layers):
+            if low_rank_states is not None and index + 1 < len(layers):
                 _advance(dense, dense_states, kwargs, flows.batch)
-                if low_rank_states is not None:
-                    _advance(small, low_rank_states, kwargs, flows.batch)
+                _advance(small, low_rank_states, kwargs, flows.batch)
         layer.to("cpu")
         yield index, small
 
@@ -90,50 +101,79 @@ def _home(states: Tensor, device: torch.device) -> torch.device:
     return device if 2 * states.numel() * states.element_size() < STATES_SHARE * free else torch.device("cpu")
 
 
+def dense_grams(
+    layer: nn.Module, described: DecoderLayer, flows: Flows, states: Tensor, kwargs: dict[str, Any], advance: bool
+) -> dict[tuple[str, ...], Tensor]:
+    """The dense flow's Gram matrix of every group, in one pass: nothing in this flow waits for a solve.
+
+    advance: also replace the hidden states by the layer's outputs.
+    """
+    grams: dict[tuple[str, ...], Tensor] = {}
+    device = next(layer.parameters()).device
+
+    def watch(group: tuple[str, ...]):
+        def hook(_module, args):
+            grams[group] = add_product(grams.get(group), args[0], args[0])
+
+        return hook
+
+    firsts = [(group, layer.get_submodule(group[0])) for group in described.groups]
+    handles = [module.register_forward_pre_hook(watch(group)) for group, module in firsts]
+    try:
+        for batch in states[: flows.whitening].split(flows.batch):
+            output = run_layer(layer, batch.to(device), kwargs)
+            if advance:
+                batch.copy_(output)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
+
+
 def collect(
+    moments: Moments,
     dense: nn.Module,
     small: nn.Module,
-    linears: list[str],
+    described: DecoderLayer,
+    group: tuple[str, ...],
     solver: Solver,
     flows: Flows,
-    dense_states: Tensor,
-    low_rank_states: Tensor | None,
+    states: tuple[Tensor, Tensor],
     kwargs: dict[str, Any],
-) -> Moments:
-    """Accumulate the moments of one group, batch by batch. linears: the group's names in the layer and all later."""
-    moments = Moments()
+) -> None:
+    """Accumulate the two-flow moments of one group, batch by batch. states: of the dense and the low-rank flow."""
     device = next(dense.parameters()).device
+    later = described.from_group(group)
+    stream = described.residuals.get(group[0]) if solver.needs_drift else None
 
-    def inputs(layer: nn.Module, states: Tensor) -> Tensor:
-        return input_of(layer, linears, states.to(device), kwargs)
+    def inputs(layer: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        return watched_input(layer, later, stream, batch.to(device), kwargs)
 
-    if solver.needs_dense_gram:
-        for batch in dense_states[: flows.whitening].split(flows.batch):
-            x_dense = inputs(dense, batch)
-            moments.dense_gram = add_product(moments.dense_gram, x_dense, x_dense)
-    if low_rank_states is not None:
-        pairs = zip(
-            dense_states[: flows.reconstruction].split(flows.batch),
-            low_rank_states[: flows.reconstruction].split(flows.batch),
-            strict=True,
-        )
-        for dense_batch, low_rank_batch in pairs:
-            x_low_rank = inputs(small, low_rank_batch)
-            moments.gram = add_product(moments.gram, x_low_rank, x_low_rank)
+    batches = [flow[: flows.reconstruction].split(flows.batch) for flow in states]
+    for dense_batch, low_rank_batch in zip(*batches, strict=True):
+        x_low_rank, h_low_rank = inputs(small, low_rank_batch)
+        moments.gram = add_product(moments.gram, x_low_rank, x_low_rank)
+        if solver.needs_cross or stream is not None:
+            x_dense, h_dense = inputs(dense, dense_batch)
             if solver.needs_cross:
-                moments.cross = add_product(moments.cross, inputs(dense, dense_batch), x_low_rank)
-    return moments
+                moments.cross = add_product(moments.cross, x_dense, x_low_rank)
+            if h_dense is not None and h_low_rank is not None:
+                moments.drift = add_product(moments.drift, h_dense - h_low_rank, x_low_rank)
 
 
-def input_of(layer: nn.Module, linears: list[str], hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that the first of `linears` receives when the layer runs on `hidden`.
+def watched_input(
+    layer: nn.Module, linears: list[str], stream: str | None, hidden: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The tensor that the first of `linears` receives when the layer runs on `hidden`, and the residual stream.
 
     linears: it and all that are called after it. Their outputs can't reach its input, so zeros take their place:
-    most of a layer's arithmetic is in them.
+    most of a layer's arithmetic is in them. stream: the submodule whose input is the stream, "" for the layer's own
+    input, None where the stream is not wanted.
     """
     seen: list[Tensor] = []
+    streams: list[Tensor] = [hidden] if stream == "" else []
 
-    def skipped(module: Any, watched: bool) -> Callable[[Tensor], Tensor]:
+    def skipped(module: nn.Linear, watched: bool) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             if watched:
                 seen.append(x)
@@ -143,13 +183,19 @@ def input_of(layer: nn.Module, linears: list[str], hidden: Tensor, kwargs: dict[
 
     modules = [layer.get_submodule(name) for name in linears]
     for module in modules:
-        module.forward = skipped(module, module is modules[0])  # type: ignore[method-assign, assignment]
+        module.forward = skipped(module, module is modules[0])  # type: ignore[method-assign, assignment, arg-type]
+    handle = None
+    if stream:
+        handle = layer.get_submodule(stream).register_forward_pre_hook(lambda _module, args: streams.append(args[0]))
     try:
         run_layer(layer, hidden, kwargs)
     finally:
         for module in modules:
             del module.forward
-    return seen[0] if len(seen) == 1 else torch.cat([x.flatten(0, -2) for x in seen])
+        if handle is not None:
+            handle.remove()
+    x = seen[0] if len(seen) == 1 else torch.cat([x.flatten(0, -2) for x in seen])
+    return x, (streams[0] if streams else None)
 
 
 def _replace(layer: nn.Module, name: str, rank: int, solver: Solver, moments: Moments, what: str, dtype) -> None:

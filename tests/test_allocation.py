@@ -1,10 +1,13 @@
 """component/allocation.py: ranks meet the density asked from below, for any shapes."""
 
+import itertools
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.allocation import ALLOCATIONS, Budget, Module, by_type, mlp_density, uniform
+from component.allocation import ALLOCATIONS, Budget, Module, by_loss, by_type, mlp_density, uniform
 from component.cost import LOW_RANK, PIVOTED
 from utils.errors import UsageError
 
@@ -136,4 +139,46 @@ def test_a_density_without_a_rank_is_refused_with_the_least_that_works(storage):
 
 
 def test_every_allocation_has_a_name():
-    assert {"uniform": uniform, "type": by_type} == ALLOCATIONS
+    assert {"uniform": uniform, "type": by_type, "kl": by_loss} == ALLOCATIONS
+
+
+def curves_of(modules, seed: int) -> dict[str, list[float]]:
+    """Falling, convex losses of different size and decay."""
+    draw = np.random.default_rng(seed)
+    curves = {}
+    for module in modules:
+        ranks = np.arange(min(module.d_out, module.d_in) + 1)
+        decay = draw.uniform(1, 6) * ranks / len(ranks)
+        curves[module.name] = list(draw.lognormal(0, 2) * (np.exp(-decay) - np.exp(-decay[-1])))
+    return curves
+
+
+def loss(plan, budget) -> float:
+    return sum(budget.curves[name][-1 if rank is None else rank] for name, rank in plan.items())
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+@given(modules=DECODERS, density=st.floats(0.3, 0.95), seed=st.integers(0, 99))
+def test_by_loss_stays_within_the_density_and_loses_no_more_than_uniform(storage, modules, density, seed):
+    budget = Budget(modules, density, storage, curves=curves_of(modules, seed))
+    plan = by_loss(budget)
+    assert list(plan) == [module.name for module in modules]
+    assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
+    assert loss(plan, budget) <= loss(uniform(budget), budget) * 1.05 + 1e-9
+
+
+def test_by_loss_is_near_the_best_of_all_plans():
+    modules = [Module("a", 12, 10, True), Module("b", 10, 14, False), Module("c", 9, 9, False)]
+    budget = Budget(modules, 0.8, PIVOTED, curves=curves_of(modules, 1))
+    options = [[*range(1, min(m.d_out, m.d_in)), None] for m in modules]
+    plans = (dict(zip("abc", ranks, strict=True)) for ranks in itertools.product(*options))
+    affordable = [plan for plan in plans if stored(plan, modules, PIVOTED) <= 0.8 * numbers(modules)]
+    best = min(loss(plan, budget) for plan in affordable)
+    assert best <= loss(by_loss(budget), budget) <= 1.3 * best
+
+
+def test_by_loss_keeps_the_dearest_module_dense_where_the_budget_allows():
+    modules = decoder(layers=1)
+    curves = curves_of(modules, 3)
+    curves[modules[0].name] = [1e3 * value for value in curves[modules[0].name]]
+    assert by_loss(Budget(modules, 0.7, PIVOTED, curves=curves))[modules[0].name] is None

@@ -206,3 +206,33 @@ def test_no_data_at_all_gives_the_plain_svd():
     u, v = exact_factors(weight, weight @ nothing, nothing, 3)
     plain_u, plain_v = plain_factors(weight, 3)
     assert relative(u @ v, plain_u @ plain_v) < 1e-9
+
+
+def test_a_weighting_moves_the_optimum_to_the_weighted_error():
+    """No perturbation of the factors lowers ||L_g^T (Y_t - U V X_u)||^2 + mu ||L_g^T (W - U V)||^2."""
+    weight, x, rank = rand(8, 6, seed=1), rand(6, 40, seed=2), 3
+    weighting = torch.linalg.cholesky(gram_of(rand(8, 30, seed=3)))
+    drift = rand(8, 40, seed=4)
+    gram, mu = gram_of(x), EXACT_DAMPING * gram_of(x).diagonal().mean()
+    target = target_moment(weight, gram, None, 0.0, drift @ x.T, 0.5)
+
+    def objective(u: Tensor, v: Tensor) -> float:
+        error = weighting.T @ (weight @ x + 0.5 * drift - u @ v @ x)
+        return (error.square().sum() + mu * (weighting.T @ (weight - u @ v)).square().sum()).item()
+
+    u, v = exact_factors(weight, target, gram, rank, weighting=weighting)
+    least = objective(u, v)
+    unweighted = exact_factors(weight, target, gram, rank)
+    assert least < objective(*unweighted)
+    for seed in range(30):
+        step = 10.0 ** -(seed % 4 + 1)
+        assert objective(u + step * rand(8, rank, seed=seed), v + step * rand(rank, 6, seed=seed + 99)) >= least
+
+
+def test_equal_ratios_pull_stream_and_module_together_towards_the_dense_flow():
+    """rho = lambda: h_u + W' x_u is fitted to lambda (h_o + W x_o) + (1 - lambda) (h_u + W x_u)."""
+    weight, x_dense, x, share = rand(5, 7, seed=1), rand(7, 30, seed=2), rand(7, 30, seed=3), 0.4
+    h_dense, h = rand(5, 30, seed=4), rand(5, 30, seed=5)
+    wanted = share * (h_dense + weight @ x_dense) + (1 - share) * (h + weight @ x) - h
+    moment = target_moment(weight, gram_of(x), x_dense @ x.T, share, (h_dense - h) @ x.T, share)
+    assert relative(moment, wanted @ x.T) < 1e-12

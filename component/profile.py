@@ -1,0 +1,170 @@
+"""The profile pass: one forward and one backward walk over the dense model, a layer on the device at a time.
+
+It measures what allocation and truncation want to know of each module: the expected KL at every rank, and the second
+moment of its output gradients. Only the hidden states between layers are kept, in host memory.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from component.moments import add_product, full_precision
+from component.sensitivity import loss_curve, output_weighting
+from utils import checkpoint as files
+from utils.models import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer
+
+
+class Sensitivity(NamedTuple):
+    """loss_curve: (k + 1,) float64, expected KL per token at each rank; output_gram: (d_out, d_out) float32."""
+
+    loss_curve: Tensor
+    output_gram: Tensor
+
+
+class Profile:
+    """A finished profile on disk; curves are small and read at once, output moments layer by layer when asked for."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder = folder
+        self.shard_of: dict[str, str] = {}
+        self.curves: dict[str, list[float]] = {}
+        for shard in sorted(path.name for path in folder.glob("layer-*.safetensors")):
+            tensors = files.open_shard(folder / shard)
+            for name in (name for name in names if f"{name}.loss_curve" in tensors):
+                self.shard_of[name] = shard
+                self.curves[name] = tensors[f"{name}.loss_curve"].tolist()
+
+    def output_gram(self, name: str) -> Tensor:
+        return files.open_tensor(self.folder / self.shard_of[name], f"{name}.output_gram")
+
+
+def make_profile(
+    folder: Path,
+    identity: str,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    windows: Tensor,
+    shrinkage: float | None,
+    device: torch.device,
+    seed: int,
+) -> Profile:
+    """Profile the model into `folder`, or take what an earlier run with the same identity finished there.
+
+    Raises: UsageError where the folder holds the profile of another model, data, seed or weighting.
+    """
+    names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
+    resume = folder.exists()
+    writer = files.CheckpointWriter(folder, identity, resume)
+    if not files.is_finished(folder):
+        for index, measured in profile_layers(model, described, windows, shrinkage, device, seed):
+            tensors = {}
+            for name, sensitivity in measured.items():
+                tensors[f"{name}.loss_curve"] = sensitivity.loss_curve
+                tensors[f"{name}.output_gram"] = sensitivity.output_gram
+            writer.write(files.layer_shard(index), tensors)
+        writer.seal({"kind": "profile", "windows": list(windows.shape)})
+    return Profile(folder, names)
+
+
+def profile_layers(
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    windows: Tensor,
+    shrinkage: float | None,
+    device: torch.device,
+    seed: int,
+) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
+    """Yield (index, sensitivities by full module name) for every decoder layer, the last one first.
+
+    windows: (count, length) int64, one at a time through a layer. shrinkage: of the output weighting that truncation
+    will use, or None. Float32 throughout: gradients in half precision vanish. seed: of the labels that are drawn.
+    """
+    layers = [model.get_submodule(layer.name) for layer in described]
+    hidden, keywords = layer_inputs(model, windows)
+    states = [hidden.float()]
+    with torch.no_grad(), full_precision():
+        for layer, kwargs in zip(tqdm(layers, desc="profile", unit="layer"), keywords, strict=True):
+            wide, kwargs = _wide(layer, kwargs, device)
+            outputs = [run_layer(wide, window[None].to(device), kwargs).cpu() for window in states[-1]]
+            states.append(torch.cat(outputs))
+    gradient = _output_gradients(model, windows, states.pop(), device, seed)
+    for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="sensitivities", unit="layer"):
+        wide, kwargs = _wide(layers[index], keywords[index], device)
+        with full_precision():
+            inputs, gradients, gradient = _backward(wide, described[index], states.pop(), gradient, kwargs, device)
+            yield index, dict(_sensitivities(wide, described[index], inputs, gradients, shrinkage))
+
+
+def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Float32 copies on the device."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, torch.float32) if tensor.is_floating_point() else tensor.to(device)
+
+    return copy.deepcopy(layer).to(device, torch.float32), map_tensors(kwargs, move)
+
+
+def _output_gradients(model, windows: Tensor, states: Tensor, device: torch.device, seed: int) -> Tensor:
+    """Gradient of the log-likelihood of labels drawn from the model, with respect to the last layer's output."""
+    draw = torch.Generator(device=device).manual_seed(seed)
+    gradients = []
+    with rest_on(model, device), full_precision():
+        for window, hidden in zip(windows, states, strict=True):
+            hidden = hidden[None].to(device).requires_grad_(True)
+            scores = logits_from(model, window[None].to(device), hidden)[0].float().log_softmax(-1)
+            labels = torch.multinomial(scores.detach().exp(), 1, generator=draw)
+            gradients.append(torch.autograd.grad(scores.gather(-1, labels).sum(), hidden)[0].cpu())
+    return torch.cat(gradients)
+
+
+def _backward(
+    layer: nn.Module, described: DecoderLayer, states: Tensor, gradient: Tensor, kwargs: dict[str, Any], device
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Inputs by each group's first linear, output gradients by linear, both (tokens, width), and the layer's own."""
+    inputs: dict[str, list[Tensor]] = {group[0]: [] for group in described.groups}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in described.linears()}
+    outputs: dict[str, Tensor] = {}
+    earlier = []
+
+    def watch(name: str):
+        def hook(_module, args, output):
+            outputs[name] = output
+            if name in inputs:
+                inputs[name].append(args[0].detach().flatten(0, -2))
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_hook(watch(name)) for name in gradients]
+    try:
+        for hidden, incoming in zip(states, gradient, strict=True):
+            hidden = hidden[None].to(device).requires_grad_(True)
+            output = run_layer(layer, hidden, kwargs)
+            wanted = [hidden, *(outputs[name] for name in gradients)]
+            found = torch.autograd.grad(output, wanted, incoming[None].to(device))
+            earlier.append(found[0].cpu())
+            for name, values in zip(gradients, found[1:], strict=True):
+                gradients[name].append(values.flatten(0, -2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    join = torch.cat
+    return {n: join(x) for n, x in inputs.items()}, {n: join(g) for n, g in gradients.items()}, join(earlier)
+
+
+def _sensitivities(layer, described: DecoderLayer, inputs, gradients, shrinkage: float | None):
+    for group in described.groups:
+        x = inputs[group[0]]
+        gram = add_product(None, x, x)
+        for name in group:
+            full_name = f"{described.name}.{name}"
+            output_gram = add_product(None, gradients[name], gradients[name])
+            weighting = None if shrinkage is None else output_weighting(output_gram, shrinkage, full_name)
+            weight = layer.get_submodule(name).weight.detach()
+            curve = loss_curve(weight, gram, x, gradients[name], weighting, full_name)
+            yield full_name, Sensitivity(curve.cpu(), output_gram.float().cpu())

@@ -1,0 +1,52 @@
+"""What a module's truncation costs the whole model, to second order and from one backward pass. Tensors in and out.
+
+For a small change of one module's output, dy_t at token t, the KL divergence between the model's output before and
+after is half the expected square of its directional score: KL ~ 1/2 E (sum_t g_t . dy_t)^2, where g_t is the gradient
+of the log-likelihood of labels drawn from the model itself (the Fisher information). Terms between different tokens
+are left out: their expectation is small, and with a few windows they would be noise.
+"""
+
+import torch
+from torch import Tensor
+
+from component.linalg import damped_cholesky
+from component.whitening import WHITENING_DAMPING, truncate
+
+
+def output_weighting(output_gram: Tensor, shrinkage: float, what: str = "module") -> Tensor:
+    """L_g of the weighting in which a module's output errors are measured: shrunk Sigma_g = L_g L_g^T.
+
+    output_gram: (d_out, d_out) = sum_t g_t g_t^T; shrinkage: the share a in (0, 1] of the identity, at the same mean
+    diagonal; 1 is no weighting. Scaled to a mean diagonal of 1. Returns (d_out, d_out) lower triangular, float64.
+    """
+    gram = output_gram.double()
+    mean = gram.diagonal().mean()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if mean <= 0:  # nothing downstream depends on this module
+        return identity
+    return damped_cholesky((1 - shrinkage) * gram / mean + shrinkage * identity, 0.0, f"{what}, output weighting")[0]
+
+
+def loss_curve(
+    weight: Tensor, gram: Tensor, inputs: Tensor, gradients: Tensor, weighting: Tensor | None, what: str = "module"
+) -> Tensor:
+    """Expected KL per token at every rank: (k + 1,) float64 with k = min(d_out, d_in); entry r is for rank r.
+
+    Truncation is the one the solvers make, [L_g^T W L]_r with the components dropped from the smallest up; the error
+    of dropping all components from r on is evaluated on the tokens themselves, with no independence assumed.
+
+    weight: (d_out, d_in); gram: (d_in, d_in) float64 = sum_t x_t x_t^T; inputs: (tokens, d_in) x_t; gradients:
+    (tokens, d_out) g_t; weighting: L_g or None.
+    """
+    factor, _ = damped_cholesky(gram, WHITENING_DAMPING, what)
+    target = weight.double() @ factor
+    if weighting is not None:
+        target = weighting.T @ target
+    u, v = truncate(target, min(weight.shape))
+    if weighting is not None:
+        u = torch.linalg.solve_triangular(weighting.T, u, upper=True)
+    v = torch.linalg.solve_triangular(factor, v, upper=False, left=False)
+    scores = (gradients.float() @ u.float()) * (inputs.float() @ v.T.float())  # (tokens, k): g_t . (component j of y_t)
+    dropped = scores.double().flip(1).cumsum(1).flip(1)  # (tokens, k): the sum over all components from j on
+    curve = dropped.square().sum(0) / (2 * len(inputs))
+    return torch.cat([curve, curve.new_zeros(1)])
