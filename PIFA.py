@@ -42,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--overall_ratio", type=float, help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2)")
     add("--density", type=float, help="the same the other way round: fraction kept, in (0,1]")
     add("--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (selects type)")
-    add("--allocation", help="how ranks are shared out: uniform, type, kl or a plan.json (default: uniform)")
+    add("--allocation", help="uniform, type, owl, iprs, kl or a plan's .json file (default: uniform)")
+    add("--owl", action="store_true", help="selects owl; with --attn_ratio the paper's MPIFA_NS")
     add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
 
     method = parser.add_argument_group("how (m)")
@@ -79,7 +80,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
-    from component.allocation import ALLOCATIONS
     from component.solvers import PRUNERS, default_step
     from utils.data import check_name
     from utils.models import DTYPES
@@ -91,18 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_choice("--dtype", options.dtype, tuple(DTYPES))
     _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
     _fill_density(options)
-    if options.allocation is None:
-        options.allocation = "uniform" if options.attn_ratio is None else "type"
-    if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
-        raise UsageError(
-            f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
-        )
-    if options.allocation.endswith(".json") and not os.path.isfile(options.allocation):
-        raise UsageError(f"no such plan: {options.allocation}")
-    if options.attn_ratio is not None and options.allocation != "type":
-        raise UsageError(f"--attn_ratio selects --allocation type and can't go with {options.allocation}")
-    if options.allocation == "type" and options.attn_ratio is None:
-        raise UsageError("--allocation type needs --attn_ratio, the fraction removed in attention")
+    _fill_allocation(options)
     for flag in ("old_output_factor", "drift_factor"):
         if not 0 <= getattr(options, flag) <= 1:
             raise UsageError(f"--{flag} {getattr(options, flag):g} is outside [0,1]")
@@ -150,6 +139,25 @@ def _fill_density(options: argparse.Namespace) -> None:
     if options.density is None:
         ratio = 0.2 if options.overall_ratio is None else options.overall_ratio
         options.density = round(1 - ratio, 12)
+
+
+def _fill_allocation(options: argparse.Namespace) -> None:
+    """--attn_ratio selects type, --owl owl, both together owl times type; another explicit one is refused."""
+    from component.allocation import ALLOCATIONS
+
+    implied = "owl" if options.owl else "type" if options.attn_ratio is not None else None
+    flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))
+    if implied and options.allocation not in (None, implied):
+        raise UsageError(f"{flags} selects --allocation {implied} and can't go with {options.allocation}")
+    options.allocation = options.allocation or implied or "uniform"
+    if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
+        raise UsageError(
+            f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
+        )
+    if options.allocation.endswith(".json") and not os.path.isfile(options.allocation):
+        raise UsageError(f"no such plan: {options.allocation}")
+    if options.allocation == "type" and options.attn_ratio is None:
+        raise UsageError("--allocation type needs --attn_ratio, the fraction removed in attention")
 
 
 def _fill_device(options: argparse.Namespace) -> None:

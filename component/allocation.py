@@ -13,6 +13,7 @@ import numpy as np
 from component.cost import StorageFormat
 from utils.errors import UsageError
 
+OWL_BAND = 0.08  # lambda of OWL
 RANK_FLOOR = 0.3  # of the uniform rank
 PRICE_BISECTIONS = 100
 MOST_PRICE = 1e30
@@ -22,12 +23,13 @@ Plan = dict[str, int | None]  # module name -> rank, None where the module stays
 
 @dataclass(frozen=True)
 class Module:
-    """A linear of a decoder layer; `attention` tells its type for allocations that treat the two apart."""
+    """A linear of decoder layer number `layer`; `attention` tells its type for allocations that treat the two apart."""
 
     name: str
     d_out: int
     d_in: int
     attention: bool
+    layer: int = 0
 
     @property
     def numbers(self) -> int:
@@ -38,8 +40,9 @@ class Module:
 class Budget:
     """What an allocation decides on: modules in model order, the density asked, the format that is paid for.
 
-    attention_density is None unless the user gave --attn_ratio. curves: by module, the expected loss at every rank
-    from 0 to min(d_out, d_in), where an allocation asks for them.
+    attention_density is None unless the user gave --attn_ratio. From the profile, where an allocation asks for them:
+    curves, by module, the expected loss at every rank from 0 to min(d_out, d_in); by layer, the share of outlier
+    weights, and the influence of the block (how far it turns the hidden states).
     """
 
     modules: Sequence[Module]
@@ -47,6 +50,8 @@ class Budget:
     storage: StorageFormat
     attention_density: float | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    outliers: Sequence[float] = ()
+    influence: Sequence[float] = ()
 
 
 def uniform(budget: Budget) -> Plan:
@@ -59,6 +64,40 @@ def by_type(budget: Budget) -> Plan:
     attention = budget.density if budget.attention_density is None else budget.attention_density
     mlp = mlp_density(budget.modules, budget.density, attention)
     return _plan(budget, lambda module: attention if module.attention else mlp)
+
+
+def owl(budget: Budget) -> Plan:
+    """More for layers with more outlier weights (OWL, arXiv 2310.05175), within a band of +-0.08 around the density.
+
+    Multiplied with the type densities over the whole one where the user gave --attn_ratio: the paper's MPIFA_NS.
+    """
+    scores = np.asarray(budget.outliers, dtype=float)
+    spread = scores.max() - scores.min()
+    shifts = (scores - scores.min()) / spread * 2 * OWL_BAND if spread > 0 else np.zeros_like(scores)
+    by_layer = budget.density + shifts - shifts.mean()
+    attention = mlp = 1.0
+    if budget.attention_density is not None:
+        attention = budget.attention_density / budget.density
+        mlp = mlp_density(budget.modules, budget.density, budget.attention_density) / budget.density
+    return _balanced(budget, lambda module: by_layer[module.layer] * (attention if module.attention else mlp))
+
+
+def iprs(budget: Budget) -> Plan:
+    """In proportion to the influence of the block, capped at dense (FLAT-LLM, arXiv 2505.23966)."""
+    return _balanced(budget, lambda module: budget.influence[module.layer])
+
+
+def _balanced(budget: Budget, share_of: Callable[[Module], float]) -> Plan:
+    """Densities in proportion to the shares, none above 1, scaled until the whole is at the density asked."""
+    numbers = np.array([module.numbers for module in budget.modules], dtype=float)
+    shares = np.array([share_of(module) for module in budget.modules], dtype=float)
+    low, high = 0.0, 1.0 / shares.min()
+    for _ in range(PRICE_BISECTIONS):
+        scale = (low + high) / 2
+        fits = (np.minimum(scale * shares, 1) @ numbers) <= budget.density * numbers.sum()
+        low, high = (scale, high) if fits else (low, scale)
+    densities = dict(zip((module.name for module in budget.modules), np.minimum(low * shares, 1), strict=True))
+    return _plan(budget, lambda module: float(densities[module.name]))
 
 
 def mlp_density(modules: Sequence[Module], density: float, attention_density: float) -> float:
@@ -173,5 +212,11 @@ def _spend_rest(choices: Mapping[str, Choices], chosen: dict[str, int], rest: fl
         rest -= extra
 
 
-ALLOCATIONS: dict[str, Callable[[Budget], Plan]] = {"uniform": uniform, "type": by_type, "kl": by_loss}
-PROFILED = ("kl",)  # those that read Budget.curves
+ALLOCATIONS: dict[str, Callable[[Budget], Plan]] = {
+    "uniform": uniform,
+    "type": by_type,
+    "owl": owl,
+    "iprs": iprs,
+    "kl": by_loss,
+}
+PROFILED = ("owl", "iprs", "kl")  # those that read what the profile measures

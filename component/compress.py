@@ -60,8 +60,8 @@ def run(options: Namespace) -> dict[str, Any]:
     storage = PIVOTED if options.use_pifa else LOW_RANK
     attention = None if options.attn_ratio is None else 1 - options.attn_ratio
     profile = _profile(options, source, identity, model, described, windows, device)
-    curves = profile.curves if profile else {}
-    plan = _plan(options, Budget(modules, options.density, storage, attention, curves))
+    measured = (profile.curves, profile.outliers, profile.influence) if profile else ()
+    plan = _plan(options, Budget(modules, options.density, storage, attention, *measured))
     weighting = None
     if profile and options.output_shrinkage is not None:
         weighting = partial(_weighting, profile, options.output_shrinkage)
@@ -184,13 +184,12 @@ def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
 
 def _modules(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Module]:
     modules = []
-    for layer in described:
+    for index, layer in enumerate(described):
         for name in layer.linears():
             linear = model.get_submodule(f"{layer.name}.{name}")
             assert isinstance(linear, nn.Linear)
-            modules.append(
-                Module(f"{layer.name}.{name}", linear.out_features, linear.in_features, name in layer.attention)
-            )
+            shape = linear.out_features, linear.in_features
+            modules.append(Module(f"{layer.name}.{name}", *shape, name in layer.attention, index))
         for name in models.uncalled_linears(model.get_submodule(layer.name), layer):
             log.warning("%s.%s is not called in a forward pass and stays as it is", layer.name, name)
     return modules

@@ -5,6 +5,7 @@ moment of its output gradients. Only the hidden states between layers are kept, 
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from component.moments import add_product, full_precision
-from component.sensitivity import loss_curve, output_weighting
+from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from utils import checkpoint as files
 from utils.models import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer
 
@@ -27,15 +28,28 @@ class Sensitivity(NamedTuple):
     output_gram: Tensor
 
 
+class LayerProfile(NamedTuple):
+    """Of one decoder layer: its linears by full name; the share of outlier weights; the influence of the block."""
+
+    linears: dict[str, Sensitivity]
+    outliers: float
+    influence: float
+
+
 class Profile:
-    """A finished profile on disk; curves are small and read at once, output moments layer by layer when asked for."""
+    """A finished profile on disk; what is small is read at once, output moments layer by layer when asked for."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder = folder
         self.shard_of: dict[str, str] = {}
         self.curves: dict[str, list[float]] = {}
+        self.outliers: list[float] = []
+        self.influence: list[float] = []
         for shard in sorted(path.name for path in folder.glob("layer-*.safetensors")):
             tensors = files.open_shard(folder / shard)
+            outliers, influence = tensors["layer"].tolist()
+            self.outliers.append(outliers)
+            self.influence.append(influence)
             for name in (name for name in names if f"{name}.loss_curve" in tensors):
                 self.shard_of[name] = shard
                 self.curves[name] = tensors[f"{name}.loss_curve"].tolist()
@@ -63,8 +77,8 @@ def make_profile(
     writer = files.CheckpointWriter(folder, identity, resume)
     if not files.is_finished(folder):
         for index, measured in profile_layers(model, described, windows, shrinkage, device, seed):
-            tensors = {}
-            for name, sensitivity in measured.items():
+            tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
+            for name, sensitivity in measured.linears.items():
                 tensors[f"{name}.loss_curve"] = sensitivity.loss_curve
                 tensors[f"{name}.output_gram"] = sensitivity.output_gram
             writer.write(files.layer_shard(index), tensors)
@@ -79,8 +93,8 @@ def profile_layers(
     shrinkage: float | None,
     device: torch.device,
     seed: int,
-) -> Iterator[tuple[int, dict[str, Sensitivity]]]:
-    """Yield (index, sensitivities by full module name) for every decoder layer, the last one first.
+) -> Iterator[tuple[int, LayerProfile]]:
+    """Yield (index, profile) for every decoder layer, the last one first.
 
     windows: (count, length) int64, one at a time through a layer. shrinkage: of the output weighting that truncation
     will use, or None. Float32 throughout: gradients in half precision vanish. seed: of the labels that are drawn.
@@ -93,12 +107,21 @@ def profile_layers(
             wide, kwargs = _wide(layer, kwargs, device)
             outputs = [run_layer(wide, window[None].to(device), kwargs).cpu() for window in states[-1]]
             states.append(torch.cat(outputs))
+    influence = [angular_influence(*pair) for pair in itertools.pairwise(states)]
     gradient = _output_gradients(model, windows, states.pop(), device, seed)
     for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="sensitivities", unit="layer"):
         wide, kwargs = _wide(layers[index], keywords[index], device)
         with full_precision():
             inputs, gradients, gradient = _backward(wide, described[index], states.pop(), gradient, kwargs, device)
-            yield index, dict(_sensitivities(wide, described[index], inputs, gradients, shrinkage))
+            linears = dict(_sensitivities(wide, described[index], inputs, gradients, shrinkage))
+        outliers = _outliers(wide, described[index], inputs)
+        yield index, LayerProfile(linears, outliers, influence[index])
+
+
+def _outliers(layer, described: DecoderLayer, inputs: dict[str, Tensor]) -> float:
+    firsts = {name: group[0] for group in described.groups for name in group}
+    weights = [layer.get_submodule(name).weight.detach() for name in firsts]
+    return outlier_share(weights, [inputs[first].double().norm(dim=0) for first in firsts.values()])
 
 
 def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

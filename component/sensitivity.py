@@ -12,6 +12,8 @@ from torch import Tensor
 from component.linalg import damped_cholesky
 from component.whitening import WHITENING_DAMPING, truncate
 
+OUTLIER_FACTOR = 5.0  # M of OWL
+
 
 def output_weighting(output_gram: Tensor, shrinkage: float, what: str = "module") -> Tensor:
     """L_g of the weighting in which a module's output errors are measured: shrunk Sigma_g = L_g L_g^T.
@@ -50,3 +52,20 @@ def loss_curve(
     dropped = scores.double().flip(1).cumsum(1).flip(1)  # (tokens, k): the sum over all components from j on
     curve = dropped.square().sum(0) / (2 * len(inputs))
     return torch.cat([curve, curve.new_zeros(1)])
+
+
+def outlier_share(weights: list[Tensor], input_norms: list[Tensor]) -> float:
+    """Share of a layer's weights whose |W_ij| ||x_j|| exceeds 5 times the layer's mean of it (OWL, arXiv 2310.05175).
+
+    weights: (d_out, d_in) each; input_norms: (d_in,) each, the norm of every input channel over all tokens.
+    """
+    scores = [weight.abs().double() * norms for weight, norms in zip(weights, input_norms, strict=True)]
+    count = sum(score.numel() for score in scores)
+    limit = OUTLIER_FACTOR * sum(score.sum() for score in scores) / count
+    return float(sum((score > limit).sum() for score in scores)) / count
+
+
+def angular_influence(before: Tensor, after: Tensor) -> float:
+    """Mean angle, over pi, between a block's input and output hidden states: (tokens, width) each (FLAT-LLM)."""
+    cosines = torch.cosine_similarity(before.double(), after.double(), dim=-1).clamp(-1, 1)
+    return float(cosines.arccos().mean() / torch.pi)

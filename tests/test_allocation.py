@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.allocation import ALLOCATIONS, Budget, Module, by_loss, by_type, mlp_density, uniform
+from component.allocation import ALLOCATIONS, Budget, Module, by_loss, by_type, iprs, mlp_density, owl, uniform
 from component.cost import LOW_RANK, PIVOTED
 from utils.errors import UsageError
 
@@ -22,7 +22,7 @@ def decoder(width: int = 576, keys: int = 192, mlp: int = 1536, layers: int = 3)
         "mlp.down_proj": (width, mlp),
     }  # fmt: skip
     return [
-        Module(f"layers.{layer}.{name}", *shape, attention=name.startswith("self_attn"))
+        Module(f"layers.{layer}.{name}", *shape, attention=name.startswith("self_attn"), layer=layer)
         for layer in range(layers)
         for name, shape in shapes.items()
     ]
@@ -139,7 +139,7 @@ def test_a_density_without_a_rank_is_refused_with_the_least_that_works(storage):
 
 
 def test_every_allocation_has_a_name():
-    assert {"uniform": uniform, "type": by_type, "kl": by_loss} == ALLOCATIONS
+    assert {"uniform": uniform, "type": by_type, "owl": owl, "iprs": iprs, "kl": by_loss} == ALLOCATIONS
 
 
 def curves_of(modules, seed: int) -> dict[str, list[float]]:
@@ -182,3 +182,32 @@ def test_by_loss_keeps_the_dearest_module_dense_where_the_budget_allows():
     curves = curves_of(modules, 3)
     curves[modules[0].name] = [1e3 * value for value in curves[modules[0].name]]
     assert by_loss(Budget(modules, 0.7, PIVOTED, curves=curves))[modules[0].name] is None
+
+
+SCORES = st.lists(st.floats(0.5, 1.0), min_size=3, max_size=3)
+
+
+@given(scores=SCORES, density=st.floats(0.3, 0.8), ratio=st.sampled_from([None, 0.9, 1.05]))
+def test_owl_and_iprs_hold_the_density_and_follow_the_scores(scores, density, ratio):
+    modules = decoder(64, 32, 96, layers=3)
+    attention = None if ratio is None else ratio * density
+    budget = Budget(modules, density, PIVOTED, attention, outliers=scores, influence=scores)
+    for allocate in (owl, iprs):
+        plan = allocate(budget)
+        assert stored(plan, modules, PIVOTED) <= density * numbers(modules) * (1 + 1e-9)
+        ranks = [plan[f"layers.{layer}.mlp.up_proj"] or 64 for layer in np.argsort(scores)]
+        assert ranks == sorted(ranks)
+
+
+def test_owl_without_spread_is_uniform():
+    modules = decoder(layers=2)
+    budget = Budget(modules, 0.6, PIVOTED, outliers=[0.1, 0.1])
+    assert owl(budget) == uniform(budget)
+
+
+def test_iprs_caps_at_dense_and_gives_the_rest_away():
+    modules = decoder(layers=2)
+    plan = iprs(Budget(modules, 0.75, PIVOTED, influence=[9.0, 1.0]))
+    assert all(rank is None for name, rank in plan.items() if name.startswith("layers.0."))
+    spent = stored(plan, modules, PIVOTED)
+    assert 0.74 < spent / numbers(modules) <= 0.75

@@ -24,6 +24,15 @@ def test_kl_with_drift_and_weighting_keeps_the_density_and_pivots(run_beyond, ar
     assert pivoted["density"] == pytest.approx(run_beyond["density_pivoted"])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"owl": True}, {"owl": True, "attn_ratio": 0.5}, {"allocation": "iprs"}], ids=["owl", "ns", "iprs"]
+)
+def test_layer_wise_allocations_run_and_hold_the_density(arguments, tmp_path, changes):
+    record = PIFA.run(arguments("m", save_path=tmp_path, density=0.6, profile_nsamples=2, **changes))
+    assert 0.55 < record["density_pivoted"] <= 0.6
+    assert record["allocation"] == changes.get("allocation", "owl")
+
+
 def test_its_plan_file_gives_the_same_ranks(run_beyond, arguments, tmp_path):
     plan = Path(run_beyond["path"]) / "plan.json"
     again = PIFA.run(arguments("m", save_path=tmp_path, allocation=plan))

@@ -5,7 +5,7 @@ import torch
 
 from component.moments import add_product
 from component.profile import make_profile, profile_layers
-from component.sensitivity import loss_curve, output_weighting
+from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from component.whitening import whitened_factors
 from tests import tiny
 from utils.errors import UsageError
@@ -53,7 +53,7 @@ def test_the_layerwise_backward_pass_is_that_of_the_whole_model(family):
     described = describe_layers(model)
     measured = {}
     for _, layer in profile_layers(model, described, WINDOWS, None, CPU, seed=5):
-        measured.update(layer)
+        measured.update(layer.linears)
     expected = whole_model_output_grams(model, list(measured), seed=5)
     assert len(measured) == sum(len(layer.linears()) for layer in described)
     for name, sensitivity in measured.items():
@@ -96,3 +96,15 @@ def test_a_profile_is_reused_by_its_owner_and_refused_to_others(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()} == bytes_before
     with pytest.raises(UsageError, match="other flags, another model or other data"):
         make_profile(tmp_path / "p", "other", model, described, WINDOWS, 0.3, CPU, 1)
+
+
+def test_outliers_are_counted_against_the_mean_of_the_layer():
+    weights = [torch.ones(4, 5, dtype=torch.float64), torch.ones(4, 5, dtype=torch.float64)]
+    norms = [torch.ones(5, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0, 1.0, 100.0], dtype=torch.float64)]
+    assert outlier_share(weights, norms) == 4 / 40
+
+
+def test_influence_is_the_angle_over_pi():
+    before = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    after = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    assert angular_influence(before, after) == pytest.approx(0.25)
