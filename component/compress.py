@@ -25,7 +25,8 @@ from component.streaming import Flows, compress_layers
 from utils import checkpoint as files
 from utils import data, models, report
 from utils.checkpoint import CheckpointWriter
-from utils.models import DecoderLayer, Source
+from utils.layers import DecoderLayer, describe_layers, uncalled_linears
+from utils.models import Source
 
 log = logging.getLogger("pifa")
 
@@ -55,7 +56,7 @@ def run(options: Namespace) -> dict[str, Any]:
         return files.read_checkpoint(folder).record
 
     model = models.load_model(source, dtype)
-    described = models.describe_layers(model)
+    described = describe_layers(model)
     modules = _modules(model, described)
     storage = PIVOTED if options.use_pifa else LOW_RANK
     attention = None if options.attn_ratio is None else 1 - options.attn_ratio
@@ -190,7 +191,7 @@ def _modules(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Modu
             assert isinstance(linear, nn.Linear)
             shape = linear.out_features, linear.in_features
             modules.append(Module(f"{layer.name}.{name}", *shape, name in layer.attention, index))
-        for name in models.uncalled_linears(model.get_submodule(layer.name), layer):
+        for name in uncalled_linears(model.get_submodule(layer.name), layer):
             log.warning("%s.%s is not called in a forward pass and stays as it is", layer.name, name)
     return modules
 
@@ -207,7 +208,7 @@ def _announce(options, model: PreTrainedModel, modules: list[Module], flows: Flo
     states = 2 * flows.windows.numel() * width * size
     moments = 3 * max(module.d_in for module in modules) ** 2 * 8
     log.info("hidden states %.2f GiB in host memory, moments %.2f GiB", states / report.GIB, moments / report.GIB)
-    if states > models.available_memory():
+    if states > report.available_memory():
         log.warning("that is more host memory than is free: use fewer windows (--reconstruct_nsamples)")
     tokens = flows.reconstruction * flows.windows.shape[1]
     rows = max(module.d_in for module in modules)

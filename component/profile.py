@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from component.moments import add_product, full_precision
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from utils import checkpoint as files
-from utils.models import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer
+from utils.layers import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer
 
 
 class Sensitivity(NamedTuple):

@@ -15,7 +15,7 @@ from component.linear import LowRankLinear
 from component.moments import Moments, add_product, full_precision
 from component.solvers import Solver
 from utils.errors import RunError
-from utils.models import DecoderLayer, layer_inputs, map_tensors, run_layer
+from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer
 
 STATES_SHARE = 0.25  # of the card's free memory
 

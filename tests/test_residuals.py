@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from utils.models import describe_layers
+from utils.layers import describe_layers
 
 PRE_NORM = {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
 WRITERS = {

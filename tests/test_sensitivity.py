@@ -9,7 +9,7 @@ from component.sensitivity import angular_influence, loss_curve, outlier_share, 
 from component.whitening import whitened_factors
 from tests import tiny
 from utils.errors import UsageError
-from utils.models import describe_layers
+from utils.layers import describe_layers
 
 WINDOWS = tiny.token_windows(3, 24)
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from component.streaming import Flows, collect, compress_layers, watched_input
 from component.whitening import WHITENING_DAMPING
 from tests import tiny
 from utils.errors import RunError
-from utils.models import describe_layers, layer_inputs
+from utils.layers import describe_layers, layer_inputs
 
 MIX_RATIO = 0.25
 WINDOWS = tiny.token_windows(6, 32)

@@ -1,6 +1,7 @@
 """Result records: what every run prints as its last line and keeps beside its checkpoint."""
 
 import importlib.metadata
+import os
 import platform
 import resource
 import sys
@@ -44,6 +45,11 @@ def _installed(name: str) -> bool:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " cpu"
+
+
+def available_memory() -> int:
+    """Bytes of free host memory."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
