@@ -14,6 +14,7 @@ from component.cost import StorageFormat
 from utils.errors import UsageError
 
 OWL_BAND = 0.08  # lambda of OWL
+LEAST_SHARE = 1e-6  # below it a module gets no rank, which is an error that says so
 RANK_FLOOR = 0.3  # of the uniform rank
 PRICE_BISECTIONS = 100
 MOST_PRICE = 1e30
@@ -91,7 +92,7 @@ def _balanced(budget: Budget, share_of: Callable[[Module], float]) -> Plan:
     """Densities in proportion to the shares, none above 1, scaled until the whole is at the density asked."""
     numbers = np.array([module.numbers for module in budget.modules], dtype=float)
     shares = np.array([share_of(module) for module in budget.modules], dtype=float)
-    low, high = 0.0, 1.0 / shares.min()
+    low, high = 0.0, 1.0 / max(shares.min(), LEAST_SHARE)
     for _ in range(PRICE_BISECTIONS):
         scale = (low + high) / 2
         fits = (np.minimum(scale * shares, 1) @ numbers) <= budget.density * numbers.sum()

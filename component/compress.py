@@ -58,6 +58,9 @@ def run(options: Namespace) -> dict[str, Any]:
     model = models.load_model(source, dtype)
     described = describe_layers(model)
     modules = _modules(model, described)
+    batch = max(1, BATCH_TOKENS // options.model_seq_len)
+    flows = Flows(windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
+    _announce(options, model, modules, flows, device)
     storage = PIVOTED if options.use_pifa else LOW_RANK
     attention = None if options.attn_ratio is None else 1 - options.attn_ratio
     profile = _profile(options, source, identity, model, described, windows, device)
@@ -69,10 +72,6 @@ def run(options: Namespace) -> dict[str, Any]:
     solver = make_solver(
         options.prune, options.reconstruct_step, options.old_output_factor, options.drift_factor, weighting
     )
-    batch = max(1, BATCH_TOKENS // options.model_seq_len)
-    flows = Flows(windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
-    _announce(options, model, modules, flows, device)
-
     writer = CheckpointWriter(folder, identity["hash"], options.resume)
 
     def finished(index: int, layer: nn.Module) -> bool:

@@ -80,7 +80,8 @@ def make_profile(
             tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
             for name, sensitivity in measured.linears.items():
                 tensors[f"{name}.loss_curve"] = sensitivity.loss_curve
-                tensors[f"{name}.output_gram"] = sensitivity.output_gram
+                if shrinkage is not None:  # large, and of use to the weighting alone
+                    tensors[f"{name}.output_gram"] = sensitivity.output_gram
             writer.write(files.layer_shard(index), tensors)
         writer.seal({"kind": "profile", "windows": list(windows.shape)})
     return Profile(folder, names)
