@@ -22,12 +22,20 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+class NamedDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help, unless it has none or the help says it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = "default" in (action.help or "")
+        return action.help if said or action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="PIFA.py",
         description="Compress a LLaMA model without retraining: low-rank factors (m), pivots (pifa), judge (ppl).",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=NamedDefaults,
     )
     add = parser.add_argument
     add("--mode", required=True, help=f"what to do: {', '.join(MODES)}")
