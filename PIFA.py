@@ -49,8 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = size.add_argument
     add("--overall_ratio", type=float, help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2)")
     add("--density", type=float, help="the same the other way round: fraction kept, in (0,1]")
-    add("--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (selects type)")
-    add("--allocation", help="uniform, type, owl, iprs, kl or a plan's .json file (default: uniform)")
+    add(
+        "--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (type: chosen if left out)"
+    )
+    add("--allocation", help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: uniform)")
+    add("--rank_multiple", type=int, default=1, help="ranks are multiples of it where they reach it")
     add("--owl", action="store_true", help="selects owl; with --attn_ratio the paper's MPIFA_NS")
     add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
 
@@ -61,9 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
     add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")
     add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
+    add("--heldout_nsamples", type=int, default=16, help="last windows of the text, kept out of calibration; 0: none")
+    add("--tune", type=int, default=0, help="choose constants among N candidates on held-out windows; 0: as given")
     add("--drift_factor", type=float, default=0.0, help="share of the residual stream's drift that writers repair")
     add("--output_shrinkage", type=float, help="weigh output errors by their gradients, shrunk by this share in (0,1]")
-    add("--profile_nsamples", type=int, default=8, help="windows of the profile (kl, --output_shrinkage)")
+    add("--profile_nsamples", type=int, default=8, help="windows of the profile (owl, iprs, asvd, kl, weighting)")
     add("--profiling_mat_path", help="folder of the profile, made or reused (default: under --save_path)")
     add("--seed", type=int, default=3, help="of the windows' random starts")
 
@@ -89,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
     from component.solvers import PRUNERS, default_step
+    from component.tuning import tunable
     from utils.data import check_name
     from utils.models import DTYPES
 
@@ -111,6 +117,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError("--output_shrinkage is for the exact solver: leave out --reconstruct_step, use svd-llm")
     if options.output_shrinkage is not None and not 0 < options.output_shrinkage <= 1:
         raise UsageError(f"--output_shrinkage {options.output_shrinkage:g} is outside (0,1]")
+    if options.tune and not tunable(options):
+        raise UsageError("--tune has nothing to choose here: it needs a reconstruction or --allocation kl")
     for dataset in options.dataset or []:
         check_name(dataset)
     if len(options.dataset or []) > 1 and options.mode != "ppl":
@@ -122,9 +130,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if options.DEV == "cpu" and options.mode in ("m", "ppl"):
                 logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
     counts = ("pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "eval_batch_size", "eval_nsamples")
-    for name in (*counts, "profile_nsamples", "max_new_tokens"):
+    for name in (*counts, "rank_multiple", "profile_nsamples", "heldout_nsamples", "tune", "max_new_tokens"):
         value = getattr(options, name)
-        least = 2 if name == "model_seq_len" else 1  # one token predicts nothing
+        least = {"model_seq_len": 2, "heldout_nsamples": 0, "tune": 0}.get(name, 1)  # one token predicts nothing
         if value is not None and value < least:
             raise UsageError(f"--{name} {value} is below {least}")
     return options
@@ -164,8 +172,6 @@ def _fill_allocation(options: argparse.Namespace) -> None:
         )
     if options.allocation.endswith(".json") and not os.path.isfile(options.allocation):
         raise UsageError(f"no such plan: {options.allocation}")
-    if options.allocation == "type" and options.attn_ratio is None:
-        raise UsageError("--allocation type needs --attn_ratio, the fraction removed in attention")
 
 
 def _fill_device(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from component.allocation import Module, Plan
+from component.budget import Module, Plan
 from utils.errors import UsageError
 
 FORMAT_VERSION = 1

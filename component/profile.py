@@ -7,6 +7,7 @@ moment of its output gradients. Only the hidden states between layers are kept, 
 import copy
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,26 @@ from transformers import PreTrainedModel
 from component.moments import add_product, full_precision
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from utils import checkpoint as files
-from utils.layers import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer
+from utils.layers import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer, watching
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """How a profile is made. windows: (count, length) int64, one at a time through a layer; seed: of the labels drawn.
+
+    shrinkages: of the output weightings that truncation may use, None for none; each has loss curves of its own.
+    """
+
+    windows: Tensor
+    device: torch.device
+    seed: int
+    shrinkages: tuple[float | None, ...] = (None,)
 
 
 class Sensitivity(NamedTuple):
-    """loss_curve: (k + 1,) float64, expected KL per token at each rank; output_gram: (d_out, d_out) float32."""
+    """loss_curves: (shrinkages, k + 1) float64, expected KL per token at each rank; output_gram: (d_out, d_out)."""
 
-    loss_curve: Tensor
+    loss_curves: Tensor
     output_gram: Tensor
 
 
@@ -39,10 +53,11 @@ class LayerProfile(NamedTuple):
 class Profile:
     """A finished profile on disk; what is small is read at once, output moments layer by layer when asked for."""
 
-    def __init__(self, folder: Path, names: list[str]):
+    def __init__(self, folder: Path, names: list[str], shrinkages: tuple[float | None, ...]):
         self.folder = folder
+        self.shrinkages = shrinkages
         self.shard_of: dict[str, str] = {}
-        self.curves: dict[str, list[float]] = {}
+        self.loss_curves: dict[str, Tensor] = {}
         self.outliers: list[float] = []
         self.influence: list[float] = []
         for shard in sorted(path.name for path in folder.glob("layer-*.safetensors")):
@@ -50,56 +65,50 @@ class Profile:
             outliers, influence = tensors["layer"].tolist()
             self.outliers.append(outliers)
             self.influence.append(influence)
-            for name in (name for name in names if f"{name}.loss_curve" in tensors):
+            for name in (name for name in names if f"{name}.loss_curves" in tensors):
                 self.shard_of[name] = shard
-                self.curves[name] = tensors[f"{name}.loss_curve"].tolist()
+                self.loss_curves[name] = tensors[f"{name}.loss_curves"]
+
+    def curves(self, shrinkage: float | None) -> dict[str, list[float]]:
+        """By module, the expected loss at every rank where truncation weighs output errors with this shrinkage."""
+        row = self.shrinkages.index(shrinkage)
+        return {name: curves[row].tolist() for name, curves in self.loss_curves.items()}
 
     def output_gram(self, name: str) -> Tensor:
         return files.open_tensor(self.folder / self.shard_of[name], f"{name}.output_gram")
 
 
 def make_profile(
-    folder: Path,
-    identity: str,
-    model: PreTrainedModel,
-    described: list[DecoderLayer],
-    windows: Tensor,
-    shrinkage: float | None,
-    device: torch.device,
-    seed: int,
+    folder: Path, identity: str, model: PreTrainedModel, described: list[DecoderLayer], profiling: Profiling
 ) -> Profile:
     """Profile the model into `folder`, or take what an earlier run with the same identity finished there.
 
     Raises: UsageError where the folder holds the profile of another model, data, seed or weighting.
     """
     names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
+    weighted = any(shrinkage is not None for shrinkage in profiling.shrinkages)
     resume = folder.exists()
     writer = files.CheckpointWriter(folder, identity, resume)
     if not files.is_finished(folder):
-        for index, measured in profile_layers(model, described, windows, shrinkage, device, seed):
+        for index, measured in profile_layers(model, described, profiling):
             tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
             for name, sensitivity in measured.linears.items():
-                tensors[f"{name}.loss_curve"] = sensitivity.loss_curve
-                if shrinkage is not None:  # large, and of use to the weighting alone
+                tensors[f"{name}.loss_curves"] = sensitivity.loss_curves
+                if weighted:  # large, and of use to the weighting alone
                     tensors[f"{name}.output_gram"] = sensitivity.output_gram
             writer.write(files.layer_shard(index), tensors)
-        writer.seal({"kind": "profile", "windows": list(windows.shape)})
-    return Profile(folder, names)
+        writer.seal({"kind": "profile", "windows": list(profiling.windows.shape)})
+    return Profile(folder, names, profiling.shrinkages)
 
 
 def profile_layers(
-    model: PreTrainedModel,
-    described: list[DecoderLayer],
-    windows: Tensor,
-    shrinkage: float | None,
-    device: torch.device,
-    seed: int,
+    model: PreTrainedModel, described: list[DecoderLayer], profiling: Profiling
 ) -> Iterator[tuple[int, LayerProfile]]:
     """Yield (index, profile) for every decoder layer, the last one first.
 
-    windows: (count, length) int64, one at a time through a layer. shrinkage: of the output weighting that truncation
-    will use, or None. Float32 throughout: gradients in half precision vanish. seed: of the labels that are drawn.
+    Float32 throughout: gradients in half precision vanish.
     """
+    windows, device = profiling.windows, profiling.device
     layers = [model.get_submodule(layer.name) for layer in described]
     hidden, keywords = layer_inputs(model, windows)
     states = [hidden.float()]
@@ -109,12 +118,12 @@ def profile_layers(
             outputs = [run_layer(wide, window[None].to(device), kwargs).cpu() for window in states[-1]]
             states.append(torch.cat(outputs))
     influence = [angular_influence(*pair) for pair in itertools.pairwise(states)]
-    gradient = _output_gradients(model, windows, states.pop(), device, seed)
+    gradient = _output_gradients(model, states.pop(), profiling)
     for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="sensitivities", unit="layer"):
         wide, kwargs = _wide(layers[index], keywords[index], device)
         with full_precision():
             inputs, gradients, gradient = _backward(wide, described[index], states.pop(), gradient, kwargs, device)
-            linears = dict(_sensitivities(wide, described[index], inputs, gradients, shrinkage))
+            linears = dict(_sensitivities(wide, described[index], inputs, gradients, profiling.shrinkages))
         outliers = _outliers(wide, described[index], inputs)
         yield index, LayerProfile(linears, outliers, influence[index])
 
@@ -134,9 +143,10 @@ def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tup
     return copy.deepcopy(layer).to(device, torch.float32), map_tensors(kwargs, move)
 
 
-def _output_gradients(model, windows: Tensor, states: Tensor, device: torch.device, seed: int) -> Tensor:
+def _output_gradients(model, states: Tensor, profiling: Profiling) -> Tensor:
     """Gradient of the log-likelihood of labels drawn from the model, with respect to the last layer's output."""
-    draw = torch.Generator(device=device).manual_seed(seed)
+    windows, device = profiling.windows, profiling.device
+    draw = torch.Generator(device=device).manual_seed(profiling.seed)
     gradients = []
     with rest_on(model, device), full_precision():
         for window, hidden in zip(windows, states, strict=True):
@@ -156,16 +166,12 @@ def _backward(
     outputs: dict[str, Tensor] = {}
     earlier = []
 
-    def watch(name: str):
-        def hook(_module, args, output):
-            outputs[name] = output
-            if name in inputs:
-                inputs[name].append(args[0].detach().flatten(0, -2))
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        outputs[name] = y
+        if name in inputs:
+            inputs[name].append(x.detach().flatten(0, -2))
 
-        return hook
-
-    handles = [layer.get_submodule(name).register_forward_hook(watch(name)) for name in gradients]
-    try:
+    with watching(layer, gradients, see):
         for hidden, incoming in zip(states, gradient, strict=True):
             hidden = hidden[None].to(device).requires_grad_(True)
             output = run_layer(layer, hidden, kwargs)
@@ -174,21 +180,20 @@ def _backward(
             earlier.append(found[0].cpu())
             for name, values in zip(gradients, found[1:], strict=True):
                 gradients[name].append(values.flatten(0, -2))
-    finally:
-        for handle in handles:
-            handle.remove()
     join = torch.cat
     return {n: join(x) for n, x in inputs.items()}, {n: join(g) for n, g in gradients.items()}, join(earlier)
 
 
-def _sensitivities(layer, described: DecoderLayer, inputs, gradients, shrinkage: float | None):
+def _sensitivities(layer, described: DecoderLayer, inputs, gradients, shrinkages: tuple[float | None, ...]):
     for group in described.groups:
         x = inputs[group[0]]
         gram = add_product(None, x, x)
         for name in group:
             full_name = f"{described.name}.{name}"
-            output_gram = add_product(None, gradients[name], gradients[name])
-            weighting = None if shrinkage is None else output_weighting(output_gram, shrinkage, full_name)
             weight = layer.get_submodule(name).weight.detach()
-            curve = loss_curve(weight, gram, x, gradients[name], weighting, full_name)
-            yield full_name, Sensitivity(curve.cpu(), output_gram.float().cpu())
+            output_gram = add_product(None, gradients[name], gradients[name])
+            curves = []
+            for shrinkage in shrinkages:
+                weighting = None if shrinkage is None else output_weighting(output_gram, shrinkage, full_name)
+                curves.append(loss_curve(weight, gram, x, gradients[name], weighting, full_name))
+            yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())

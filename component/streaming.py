@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from component.allocation import Plan
+from component.budget import Plan
 from component.linear import LowRankLinear
 from component.moments import Moments, add_product, full_precision
 from component.solvers import Solver
 from utils.errors import RunError
-from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer
+from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer, watching
 
 STATES_SHARE = 0.25  # of the card's free memory
 
@@ -73,7 +73,7 @@ def compress_layers(
             alone = low_rank_states is None  # the dense flow then goes on while it is measured
             grams = {}
             if solver.needs_dense_gram and (alone or not done):
-                grams = dense_grams(dense, names, flows, dense_states, kwargs, advance=alone)
+                grams = dense_grams(dense, names, flows, dense_states, kwargs, goes_on=alone)
             if not done:
                 for group in names.groups:
                     ranks = {name: plan[f"{names.name}.{name}"] for name in group}
@@ -87,8 +87,8 @@ def compress_layers(
                         if rank is not None:
                             _replace(small, name, rank, solver, moments, f"{names.name}.{name}", dtype)
             if low_rank_states is not None and index + 1 < len(layers):
-                _advance(dense, dense_states, kwargs, flows.batch)
-                _advance(small, low_rank_states, kwargs, flows.batch)
+                advance(dense, dense_states, kwargs, flows.batch)
+                advance(small, low_rank_states, kwargs, flows.batch)
         layer.to("cpu")
         yield index, small
 
@@ -102,31 +102,24 @@ def _home(states: Tensor, device: torch.device) -> torch.device:
 
 
 def dense_grams(
-    layer: nn.Module, described: DecoderLayer, flows: Flows, states: Tensor, kwargs: dict[str, Any], advance: bool
+    layer: nn.Module, described: DecoderLayer, flows: Flows, states: Tensor, kwargs: dict[str, Any], goes_on: bool
 ) -> dict[tuple[str, ...], Tensor]:
     """The dense flow's Gram matrix of every group, in one pass: nothing in this flow waits for a solve.
 
-    advance: also replace the hidden states by the layer's outputs.
+    goes_on: also replace the hidden states by the layer's outputs.
     """
     grams: dict[tuple[str, ...], Tensor] = {}
     device = next(layer.parameters()).device
+    group_of = {group[0]: group for group in described.groups}
 
-    def watch(group: tuple[str, ...]):
-        def hook(_module, args):
-            grams[group] = add_product(grams.get(group), args[0], args[0])
+    def see(first: str, x: Tensor, _y: Tensor) -> None:
+        grams[group_of[first]] = add_product(grams.get(group_of[first]), x, x)
 
-        return hook
-
-    firsts = [(group, layer.get_submodule(group[0])) for group in described.groups]
-    handles = [module.register_forward_pre_hook(watch(group)) for group, module in firsts]
-    try:
+    with watching(layer, group_of, see):
         for batch in states[: flows.whitening].split(flows.batch):
             output = run_layer(layer, batch.to(device), kwargs)
-            if advance:
+            if goes_on:
                 batch.copy_(output)
-    finally:
-        for handle in handles:
-            handle.remove()
     return grams
 
 
@@ -207,7 +200,7 @@ def _replace(layer: nn.Module, name: str, rank: int, solver: Solver, moments: Mo
     layer.set_submodule(name, LowRankLinear.from_factors(u, v, linear.bias, dtype))
 
 
-def _advance(layer: nn.Module, states: Tensor, kwargs: dict[str, Any], batch: int) -> None:
+def advance(layer: nn.Module, states: Tensor, kwargs: dict[str, Any], batch: int) -> None:
     """Replace hidden states by the layer's outputs, batch by batch, in place."""
     device = next(layer.parameters()).device
     for part in states.split(batch):

@@ -1,5 +1,6 @@
 """What the tests share. The models are in tests/tiny.py; nothing here or there needs a network."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -68,3 +69,31 @@ def pivoted(arguments, compressed, tmp_path_factory) -> Path:
     """The same, pivoted. Not to be written to."""
     parent = tmp_path_factory.mktemp("pivoted")
     return Path(PIFA.run(arguments("pifa", model_path=compressed, save_path=parent))["path"])
+
+
+@pytest.fixture
+def bad(capsys):
+    """bad(argv, word, code=2): run the command, which has to fail with one line that contains `word`."""
+
+    def check(argv: list[str], word: str, code: int = 2) -> None:
+        assert PIFA.main([str(argument) for argument in argv]) == code
+        out, err = capsys.readouterr()
+        lines = err.splitlines()
+        assert out == ""
+        assert lines[-1].startswith("PIFA.py: ") and word in lines[-1]
+        assert sum(line.startswith("PIFA.py:") for line in lines) == 1
+        assert "Traceback" not in err
+
+    return check
+
+
+@pytest.fixture
+def good(capsys):
+    """good(argv): run the command, which has to end well; returns the record, the last line of stdout."""
+
+    def check(argv: list[str]) -> dict:
+        assert PIFA.main([str(argument) for argument in argv]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return json.loads(lines[-1], parse_constant=pytest.fail)  # NaN is no JSON
+
+    return check

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.allocation import ALLOCATIONS, Budget, Module, by_loss, by_type, iprs, mlp_density, owl, uniform
+from component.allocation import ALLOCATIONS, atp, by_type, iprs, mlp_density, owl, uniform
+from component.budget import Budget, Module
 from component.cost import LOW_RANK, PIVOTED
+from component.loss_allocation import ASVD_RATIOS, asvd, by_loss
 from utils.errors import UsageError
 
 FORMATS = [PIVOTED, LOW_RANK]
@@ -139,7 +141,8 @@ def test_a_density_without_a_rank_is_refused_with_the_least_that_works(storage):
 
 
 def test_every_allocation_has_a_name():
-    assert {"uniform": uniform, "type": by_type, "owl": owl, "iprs": iprs, "kl": by_loss} == ALLOCATIONS
+    named = {"uniform": uniform, "type": by_type, "atp": atp, "owl": owl, "iprs": iprs, "asvd": asvd, "kl": by_loss}
+    assert named == ALLOCATIONS
 
 
 def curves_of(modules, seed: int) -> dict[str, list[float]]:
@@ -211,3 +214,104 @@ def test_iprs_caps_at_dense_and_gives_the_rest_away():
     assert all(rank is None for name, rank in plan.items() if name.startswith("layers.0."))
     spent = stored(plan, modules, PIVOTED)
     assert 0.74 < spent / numbers(modules) <= 0.75
+
+
+@given(modules=DECODERS, density=st.floats(0.3, 0.95), slope=st.floats(0, 0.6))
+def test_atp_holds_the_density_and_falls_with_depth(modules, density, slope):
+    plan = atp(Budget(modules, density, PIVOTED), slope)
+    assert stored(plan, modules, PIVOTED) <= density * numbers(modules) * (1 + 1e-9)
+    full = min(modules[0].d_out, modules[0].d_in)
+    ranks = [plan[m.name] or full for m in modules if m.name.endswith("q_proj")]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_atp_without_slope_is_uniform_and_with_it_a_straight_line():
+    modules = decoder(layers=5)
+    budget = Budget(modules, 0.5, LOW_RANK)
+    assert atp(budget, 0.0) == uniform(budget)
+    line = [[m for m in modules if m.layer == layer] for layer in range(5)]
+    plan = atp(budget, 0.2)
+    densities = [stored(plan, layer, LOW_RANK) / numbers(layer) for layer in line]
+    assert densities == pytest.approx([0.6, 0.55, 0.5, 0.45, 0.4], abs=0.005)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+@given(modules=DECODERS, density=st.floats(0.3, 0.95), seed=st.integers(0, 99))
+def test_asvd_stays_within_the_density_on_its_grid_and_below_one_threshold(storage, modules, density, seed):
+    budget = Budget(modules, density, storage, curves=curves_of(modules, seed))
+    plan = asvd(budget)
+    assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
+
+    def grid(module):
+        ranks = [storage.rank_for(ratio * module.numbers, module.d_out, module.d_in) for ratio in ASVD_RATIOS]
+        return [rank for rank in ranks if rank]
+
+    threshold = max(budget.curves[name][-1 if rank is None else rank] for name, rank in plan.items())
+    tighter = 0  # what it would cost to get every module below the largest loss of the plan
+    for module in modules:
+        assert plan[module.name] in [None, *grid(module)]
+        below = [rank for rank in grid(module) if budget.curves[module.name][rank] < threshold]
+        tighter += storage.stored(min(below, default=None), module.d_out, module.d_in)
+    assert threshold == 0 or tighter > density * numbers(modules)
+
+
+def test_asvd_below_its_smallest_ratio_is_refused():
+    modules = decoder(layers=1)
+    with pytest.raises(UsageError, match=r"asvd keeps 0\.1 of every linear"):
+        asvd(Budget(modules, 0.05, PIVOTED, curves=curves_of(modules, 1)))
+
+
+def measured(modules, density, storage, seed, multiple) -> Budget:
+    """A budget that every allocation can work on."""
+    layers = modules[-1].layer + 1
+    scores = list(np.random.default_rng(seed).uniform(0.5, 1, layers))
+    curves = curves_of(modules, seed)
+    return Budget(modules, density, storage, None, curves, scores, scores, rank_multiple=multiple)
+
+
+@pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@given(modules=DECODERS, density=st.floats(0.35, 1.0), seed=st.integers(0, 9), multiple=st.sampled_from([2, 8, 32]))
+def test_ranks_are_multiples_and_the_density_holds(name, storage, modules, density, seed, multiple):
+    budget = measured(modules, density, storage, seed, multiple)
+    plan = ALLOCATIONS[name](budget)
+    assert list(plan) == [module.name for module in modules]
+    assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
+    for module in modules:
+        rank = plan[module.name]
+        assert rank is None or 0 < rank < multiple or rank % multiple == 0
+        assert storage.stored(rank, module.d_out, module.d_in) <= module.numbers
+
+
+@pytest.mark.parametrize("name", ["uniform", "atp", "owl", "iprs"])
+@given(modules=DECODERS, density=st.floats(0.35, 0.95), multiple=st.sampled_from([4, 8]))
+def test_what_rounding_frees_is_handed_on_until_nothing_more_is_affordable(name, modules, density, multiple):
+    plan = ALLOCATIONS[name](measured(modules, density, LOW_RANK, 0, multiple))
+    rest = density * numbers(modules) * (1 + 1e-12) - stored(plan, modules, LOW_RANK)
+    for module in modules:
+        rank = plan[module.name]
+        if rank is not None:
+            above = (rank // multiple + 1) * multiple
+            fits = above < min(module.d_out, module.d_in)
+            cost = LOW_RANK.numbers(above, module.d_out, module.d_in) if fits else module.numbers
+            assert min(cost, module.numbers) - LOW_RANK.numbers(rank, module.d_out, module.d_in) > rest
+
+
+def test_what_rounding_frees_goes_first_to_the_module_that_is_furthest_below_its_share():
+    modules = [Module("a", 60, 60, True), Module("b", 36, 36, False)]
+    assert uniform(Budget(modules, 0.5, LOW_RANK)) == {"a": 15, "b": 9}
+    # 0.5 (3600 + 1296) = 2448, of which 8 ranks each take 960 + 576: the 912 left do not pay 960 for 8 more of "a",
+    # but 576 for 8 more of "b" and then 144 to keep it dense, where 24 ranks would cost 1728
+    assert uniform(Budget(modules, 0.5, LOW_RANK, rank_multiple=8)) == {"a": 8, "b": None}
+    # at 0.52 there are 1009 left: "a", which lacks 0.49 of its share, comes before "b", which lacks 0.15
+    assert uniform(Budget(modules, 0.52, LOW_RANK, rank_multiple=8)) == {"a": 16, "b": 8}
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.6])
+def test_the_floor_is_a_share_of_the_uniform_rank_and_is_reached(floor):
+    modules = decoder(layers=2)
+    curves = curves_of(modules, 5)
+    plan = by_loss(Budget(modules, 0.5, PIVOTED, curves=curves, rank_floor=floor))
+    exact = uniform(Budget(modules, 0.5, PIVOTED))
+    assert all(rank is None or rank >= int(floor * exact[name]) for name, rank in plan.items())
+    assert any(rank == int(floor * exact[name]) for name, rank in plan.items())

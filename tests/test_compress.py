@@ -33,6 +33,34 @@ def test_layer_wise_allocations_run_and_hold_the_density(arguments, tmp_path, ch
     assert record["allocation"] == changes.get("allocation", "owl")
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "atp", "asvd"])
+def test_ranks_are_multiples_where_asked(arguments, tmp_path, allocation):
+    flags = {"density": 0.6, "profile_nsamples": 2, "rank_multiple": 8, "allocation": allocation}
+    record = PIFA.run(arguments("m", save_path=tmp_path, **flags))
+    assert all(rank is None or rank % 8 == 0 for rank in record["ranks"].values())
+    assert 0.55 < record["density_pivoted"] <= 0.6
+    assert record["rank_multiple"] == 8
+
+
+def test_calibration_does_not_see_the_held_out_windows(arguments, tmp_path, text_file):
+    """Another text from there on gives the same factors; with nothing held out it does not."""
+    text = text_file.read_text()
+    other = tmp_path / "other.txt"
+    other.write_text(text[: -16 * 32] + "z" * (16 * 32))  # a token per letter
+    shas, factors = {}, {}
+    for count in (16, 0):
+        flags = {"density": 0.6, "heldout_nsamples": count, "reconstruct_nsamples": 99}
+        records = [
+            PIFA.run(arguments("m", save_path=tmp_path / path.stem, dataset=path, **flags))
+            for path in (text_file, other)
+        ]
+        assert all(record["heldout_nsamples"] == count for record in records)
+        shas[count] = {record["windows_sha256"] for record in records}
+        factors[count] = [tiny.contents(Path(record["path"]))["layer-00001.safetensors"] for record in records]
+    assert len(shas[16]) == 1 and factors[16][0] == factors[16][1]
+    assert len(shas[0]) == 2 and factors[0][0] != factors[0][1]
+
+
 def test_its_plan_file_gives_the_same_ranks(run_beyond, arguments, tmp_path):
     plan = Path(run_beyond["path"]) / "plan.json"
     again = PIFA.run(arguments("m", save_path=tmp_path, allocation=plan))
@@ -71,6 +99,8 @@ def test_a_profile_is_no_checkpoint(run_beyond, arguments):
         ({"output_shrinkage": 0.3, "reconstruct_step": 2}, "exact solver"),
         ({"allocation": "nowhere.json"}, "no such plan"),
         ({"profile_nsamples": 0}, "below 1"),
+        ({"rank_multiple": 0}, "below 1"),
+        ({"heldout_nsamples": -1}, "below 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(arguments, capsys, changes, message):

@@ -30,6 +30,20 @@ def test_fewer_random_windows_are_the_first_of_more():
     assert torch.equal(data.random_windows(TOKENS, 8, 32, 3)[:5], data.random_windows(TOKENS, 5, 32, 3))
 
 
+@pytest.mark.parametrize(("count", "length", "kept"), [(3, 20, 3), (5, 20, 5), (6, 20, 5), (2, 60, 1), (1, 101, 0)])
+def test_held_out_windows_are_the_last_of_the_text_and_at_most_a_tenth(count, length, kept, caplog):
+    before, windows = data.hold_out(TOKENS, count, length)
+    assert windows.shape == (kept, length)
+    assert torch.equal(torch.cat([before, windows.flatten()]), TOKENS)
+    said = f"{count} windows of {length} are more than a tenth of the text's 1000 tokens: held out are the last {kept}"
+    assert caplog.messages == ([said] if kept < count else [])
+
+
+def test_none_held_out_is_the_whole_text():
+    before, windows = data.hold_out(TOKENS, 0, 64)
+    assert torch.equal(before, TOKENS) and windows.shape == (0, 64)
+
+
 @pytest.mark.parametrize(("length", "limit", "count"), [(100, None, 10), (64, None, 15), (64, 4, 4), (64, 99, 15)])
 def test_consecutive_windows_are_whole_and_in_order(length, limit, count):
     windows = data.consecutive_windows(TOKENS, length, limit)

@@ -99,6 +99,21 @@ def test_layers_are_restored_after_an_error():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+def test_watching_sees_inputs_and_outputs_and_leaves_no_hook():
+    model, seen = tiny.build(), {}
+    layer = model.model.layers[0].mlp
+    x = tiny.rand(3, 64).float()
+    names = ["gate_proj", "down_proj"]
+    with layers.watching(layer, names, lambda name, *values: seen.update({name: values})):
+        y = layer(x)
+    assert list(seen) == names
+    assert seen["gate_proj"][0] is x and seen["down_proj"][1] is y
+    assert torch.equal(seen["gate_proj"][1], layer.gate_proj(x))
+    with pytest.raises(RuntimeError), layers.watching(layer, names, lambda *_: pytest.fail()):
+        raise RuntimeError
+    assert torch.equal(layer(x), y)
+
+
 def test_from_group_are_the_linears_called_from_there_on():
     layer = layers.DecoderLayer("layers.0", LLAMA, frozenset())
     assert layer.from_group(LLAMA[2]) == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from component.moments import add_product
-from component.profile import make_profile, profile_layers
+from component.profile import Profiling, make_profile, profile_layers
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from component.whitening import whitened_factors
 from tests import tiny
@@ -52,13 +52,13 @@ def test_the_layerwise_backward_pass_is_that_of_the_whole_model(family):
     model = tiny.build(family)
     described = describe_layers(model)
     measured = {}
-    for _, layer in profile_layers(model, described, WINDOWS, None, CPU, seed=5):
+    for _, layer in profile_layers(model, described, Profiling(WINDOWS, CPU, seed=5)):
         measured.update(layer.linears)
     expected = whole_model_output_grams(model, list(measured), seed=5)
     assert len(measured) == sum(len(layer.linears()) for layer in described)
     for name, sensitivity in measured.items():
         assert tiny.relative(sensitivity.output_gram.double(), expected[name]) < 1e-4
-        assert sensitivity.loss_curve[0] > 0
+        assert sensitivity.loss_curves[0, 0] > 0
 
 
 def whole_model_output_grams(model, names, seed):
@@ -89,13 +89,16 @@ def whole_model_output_grams(model, names, seed):
 def test_a_profile_is_reused_by_its_owner_and_refused_to_others(tmp_path):
     model = tiny.build()
     described = describe_layers(model)
-    first = make_profile(tmp_path / "p", "mine", model, described, WINDOWS, 0.3, CPU, 1)
+    profiling = Profiling(WINDOWS, CPU, 1, (0.3, None))
+    first = make_profile(tmp_path / "p", "mine", model, described, profiling)
     bytes_before = {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()}
-    again = make_profile(tmp_path / "p", "mine", model, described, WINDOWS, 0.3, CPU, 1)
-    assert again.curves == first.curves
+    again = make_profile(tmp_path / "p", "mine", model, described, profiling)
+    for shrinkage in (0.3, None):
+        assert again.curves(shrinkage) == first.curves(shrinkage)
+    assert first.curves(0.3) != first.curves(None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()} == bytes_before
     with pytest.raises(UsageError, match="other flags, another model or other data"):
-        make_profile(tmp_path / "p", "other", model, described, WINDOWS, 0.3, CPU, 1)
+        make_profile(tmp_path / "p", "other", model, described, profiling)
 
 
 def test_outliers_are_counted_against_the_mean_of_the_layer():

@@ -90,6 +90,11 @@ class CheckpointWriter:
         self.manifest["shards"][shard] = sha256(self.folder / shard)
         write_json(self.folder / MANIFEST, self.manifest)
 
+    def settle(self, choices: dict[str, Any]) -> None:
+        """Note what was chosen before the first shard, so that a later run goes on with the same (see settled)."""
+        self.manifest["settled"] = choices
+        write_json(self.folder / MANIFEST, self.manifest)
+
     def describe(self, config: dict[str, Any], extra_files: list[Path]) -> None:
         """Once all shards are there: write the index, the config and the files that stand beside them."""
         weight_map, size = {}, 0
@@ -181,6 +186,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, record, manifest)
 
 
+def settled(folder: Path) -> dict[str, Any] | None:
+    """What an interrupted run in this folder had chosen, if it had."""
+    manifest = folder / MANIFEST
+    return json.loads(manifest.read_text()).get("settled") if manifest.is_file() else None
+
+
 def is_finished(folder: Path) -> bool:
     record = folder / RECORD
     return record.is_file() and "finished_at" in json.loads(record.read_text())
@@ -203,18 +214,21 @@ def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
 
 def open_shard(path: Path) -> dict[str, Tensor]:
     """All tensors of a shard. Raises: UsageError where it can't be read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged ({error}): make the checkpoint again") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def open_tensor(path: Path, name: str) -> Tensor:
     """One tensor of a shard. Raises: UsageError where it can't be read."""
+    with _opened(path) as file:
+        return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged ({error}): make it again") from error
 

@@ -1,7 +1,7 @@
 """Find a model's decoder layers, what they are given, and in each the linears that receive the same input."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,21 @@ def run_layer(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Ten
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+@contextlib.contextmanager
+def watching(layer: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """While the block runs, see(name, input, output) is called after every call of the named linears of the layer."""
+
+    def hook_of(name: str):
+        return lambda _module, args, output: see(name, args[0], output)
+
+    handles = [layer.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Apply `change` to every tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
@@ -170,19 +185,12 @@ def describe_layers(model: PreTrainedModel) -> list[DecoderLayer]:
 def _shared_inputs(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     calls: dict[str, Tensor] = {}  # holding each input keeps its memory from being used again for another
 
-    def watch(name: str):
-        def hook(_module, args):
-            calls.setdefault(name, args[0])
+    def see(name: str, x: Tensor, _y: Tensor) -> None:
+        calls.setdefault(name, x)
 
-        return hook
-
-    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in linears]
-    try:
+    linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    with watching(layer, linears, see):
         run_layer(layer, hidden, keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: dict[tuple[int, int], list[str]] = {}
     for name, tensor in calls.items():
         groups.setdefault((tensor.data_ptr(), tensor.shape[-1]), []).append(name)

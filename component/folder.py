@@ -1,0 +1,97 @@
+"""What a low-rank checkpoint folder holds: tensors of its shards, config, files beside them; and its densities."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import component.integration
+import component.linear
+from component.budget import Module, Plan
+from component.cost import PIVOTED, StorageFormat
+from component.integration import FORMAT_VERSION, METHOD
+from utils import checkpoint as files
+from utils.layers import DecoderLayer
+
+
+def load_layer(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype) -> None:
+    """Turn a copy of a dense layer into the finished one that an earlier run stored."""
+    for name in described.linears():
+        rank = plan[f"{described.name}.{name}"]
+        if rank is not None:
+            linear = layer.get_submodule(name)
+            like = {"device": linear.weight.device, "dtype": dtype}
+            layer.set_submodule(
+                name,
+                component.linear.LowRankLinear(
+                    linear.in_features, linear.out_features, rank, linear.bias is not None, **like
+                ),
+            )
+    layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
+
+
+def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor]:
+    """Embeddings, norms and head; a weight tied to another is stored once."""
+    layers = tuple(f"{layer.name}." for layer in described)
+    kept: dict[str, Tensor] = {}
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(layers)}
+    for name in sorted(tensors, key=lambda name: (name in tied, name)):
+        if not any(tensors[name].data_ptr() == tensor.data_ptr() for tensor in kept.values()):
+            kept[name] = tensors[name]
+    return kept
+
+
+def layer_entries(modules: list[Module], plan: Plan) -> dict[str, dict[str, Any]]:
+    """The `layers` of the quantization config."""
+    entries: dict[str, dict[str, Any]] = {}
+    for module in modules:
+        rank = plan[module.name]
+        entries[module.name] = {
+            "kind": "dense" if rank is None else "lowrank",
+            "rank": min(module.d_out, module.d_in) if rank is None else rank,
+            "in_features": module.d_in,
+            "out_features": module.d_out,
+        }
+    return entries
+
+
+def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """config.json: the family's own, plus the format and the file that loads it where this package is absent."""
+    config = json.loads(model.config.to_json_string(use_diff=True))
+    config.pop("_name_or_path", None)
+    config["architectures"] = [type(model).__name__]
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["auto_map"] = {"AutoConfig": "integration.AutoConfigWithPIFA"}
+    config["quantization_config"] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": entries}
+    return config
+
+
+def files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:
+    """Tokenizer, generation config and the loader, as files to copy."""
+    tokenizer.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    loader = [Path(str(module.__file__)) for module in (component.integration, component.linear)]
+    return sorted(path for path in folder.iterdir() if path.is_file()) + loader
+
+
+def densities(folder: Path, entries: dict[str, dict[str, Any]], storage: StorageFormat, asked: float) -> dict[str, Any]:
+    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks."""
+    counts = files.count_numbers(folder, entries)
+    pivoted = sum(
+        PIVOTED.stored(None if entry["kind"] == "dense" else entry["rank"], entry["out_features"], entry["in_features"])
+        for entry in entries.values()
+    )
+    return {
+        "density": counts.density,
+        "density_asked": asked,
+        "density_pivoted": pivoted / counts.dense_linears,
+        "density_model": counts.density_model,
+        "linear_mib": round(counts.linear_bytes / 2**20, 3),
+        "ranks_paid_for": storage.name,
+    }

@@ -1,0 +1,119 @@
+"""Hyperparameters are chosen on held-out windows of the calibration text, never on the text that is judged.
+
+`choose` looks at recipes through a function that gives a recipe's held-out perplexity; `held_out_perplexity` measures
+one without writing anything.
+"""
+
+import itertools
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from component.moments import full_precision
+from component.streaming import advance
+from utils.errors import RunError
+from utils.layers import layer_inputs, logits_from, map_tensors, rest_on
+
+log = logging.getLogger("pifa")
+
+ATTENTION_STEP = 0.1  # the MPIFA of the paper keeps less of attention by this where that is better (PIFA, B.2)
+# what --tune tries of each constant; where the flags ask for one of the values, it is the start and not tried twice
+VALUES: dict[str, tuple[float | None, ...]] = {
+    "old_output_factor": (0.5, 0.125, 0.25),
+    "drift_factor": (0.25, 0.5, 0.0),
+    "output_shrinkage": (0.3, 0.6, None),
+    "rank_floor": (0.5, 0.15, 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The constants that can be chosen: those of the solver, then those of the allocation."""
+
+    old_output_factor: float
+    drift_factor: float
+    output_shrinkage: float | None
+    rank_floor: float
+    attention_density: float | None = None
+
+
+def tunable(options: Namespace) -> list[str]:
+    """The constants that make a difference with these flags."""
+    names = ["old_output_factor", "drift_factor"] if options.reconstruct_step != 0 else []
+    names += ["output_shrinkage"] if options.reconstruct_step is None else []
+    return names + ["rank_floor"] * (options.allocation == "kl")
+
+
+def searches_attention(options: Namespace) -> bool:
+    return options.allocation == "type" and options.attn_ratio is None
+
+
+def candidates(start: Recipe, names: Sequence[str], count: int) -> list[Recipe]:
+    """At most `count` recipes: the start, then those with one of the named constants changed, then with two."""
+    rows = zip(*(VALUES[name] for name in names), strict=True)  # the first values of all constants, then the second
+    changes: list[dict[str, Any]] = [{name: value} for row in rows for name, value in zip(names, row, strict=True)]
+    pairs = [one | other for one, other in itertools.combinations(changes, 2) if one.keys() != other.keys()]
+    found = [replace(start, **change) for change in [{}, *changes, *pairs]]
+    return list(dict.fromkeys(found))[:count]
+
+
+def choose(
+    start: Recipe, attention: Sequence[float], names: Sequence[str], count: int, judge: Callable[[Recipe], float]
+) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The recipe of least held-out perplexity, and all that were judged, in order, each with its `heldout_ppl`.
+
+    attention: attention densities to choose from first, if any. Then `count` candidates around the better one, none
+    where that is 0. Where there is one possibility it is taken unseen; of equals the earlier one is.
+    """
+    judged: dict[Recipe, float] = {}
+
+    def best(recipes: list[Recipe]) -> Recipe:
+        for recipe in recipes:
+            if recipe not in judged:
+                judged[recipe] = judge(recipe)
+                said = ", ".join(f"{name} {value:g}" for name, value in asdict(recipe).items() if value is not None)
+                log.info("held-out perplexity %.4f: %s", judged[recipe], said)
+        return min(recipes, key=judged.__getitem__)
+
+    types = [replace(start, attention_density=density) for density in attention] or [start]
+    start = best(types) if len(types) > 1 else types[0]
+    if count:
+        start = best(candidates(start, names, count))
+    return start, [{**asdict(recipe), "heldout_ppl": ppl} for recipe, ppl in judged.items()]
+
+
+@torch.no_grad()
+def held_out_perplexity(
+    model: PreTrainedModel,
+    layers: Iterable[tuple[int, nn.Module]],
+    windows: Tensor,
+    device: torch.device,
+    batch: int = 1,
+) -> float:
+    """Perplexity on the windows of the model with these decoder layers in place of its own.
+
+    layers: (index, layer on the device) in order, as compress_layers yields them; only one is held at a time.
+    windows: (count, length) int64; batch: how many go through a layer at once. Norm and head run in float32.
+
+    Raises: RunError where it is not finite.
+    """
+    states, keywords = layer_inputs(model, windows)
+    for index, layer in layers:
+        with full_precision():
+            advance(layer, states, map_tensors(keywords[index], lambda tensor: tensor.to(device)), batch)
+    losses = []
+    with rest_on(model, device), full_precision():
+        for window, hidden in zip(windows.to(device), states, strict=True):
+            scores = logits_from(model, window[None], hidden[None].to(device, torch.float32))[0]
+            losses.append(F.cross_entropy(scores[:-1].float(), window[1:]).item())
+    perplexity = torch.tensor(losses, dtype=torch.float64).mean().exp().item()
+    if not perplexity < float("inf"):
+        raise RunError("the loss on the held-out windows is not finite")
+    return perplexity
