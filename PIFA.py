@@ -10,8 +10,9 @@ from typing import NoReturn
 
 from utils.errors import RunError, UsageError
 
-MODES = ("m", "pifa", "ppl", "generate")
+MODES = ("m", "pifa", "ppl", "generate", "bench")
 ON_CPU = {"pruning_nsamples": 16, "reconstruct_nsamples": 16, "model_seq_len": 512}
+MOST_PROFILED = 64  # windows: the profile keeps the hidden states of every layer
 ON_GPU = {"pruning_nsamples": 128, "reconstruct_nsamples": 128, "model_seq_len": 2048}
 
 
@@ -52,10 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (type: chosen if left out)"
     )
-    add("--allocation", help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: uniform)")
+    add("--allocation", help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: kl)")
     add("--rank_multiple", type=int, default=1, help="ranks are multiples of it where they reach it")
     add("--owl", action="store_true", help="selects owl; with --attn_ratio the paper's MPIFA_NS")
     add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
+
+    pivoting = parser.add_argument_group("how (pifa)")
+    pivoting.add_argument(
+        "--fold", action="store_true", help="leave channels that go on to another linear in pivot order"
+    )
 
     method = parser.add_argument_group("how (m)")
     add = method.add_argument
@@ -66,9 +72,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
     add("--heldout_nsamples", type=int, default=16, help="last windows of the text, kept out of calibration; 0: none")
     add("--tune", type=int, default=0, help="choose constants among N candidates on held-out windows; 0: as given")
-    add("--drift_factor", type=float, default=0.0, help="share of the residual stream's drift that writers repair")
-    add("--output_shrinkage", type=float, help="weigh output errors by their gradients, shrunk by this share in (0,1]")
-    add("--profile_nsamples", type=int, default=8, help="windows of the profile (owl, iprs, asvd, kl, weighting)")
+    add("--ridge", type=float, default=1e-3, help="of exact M towards the original weight, in mean squared inputs")
+    add(
+        "--drift_factor",
+        type=float,
+        help="share of the residual stream's drift that its writers repair (default: 0.5 with exact M, else 0)",
+    )
+    add(
+        "--output_shrinkage",
+        type=float,
+        help="weigh output errors by their gradients, shrunk by this share in (0,1]; 1: alike (default: 0.1, exact M)",
+    )
+    add(
+        "--token_power",
+        type=float,
+        help="weigh tokens by their gradients to this power; 0: alike (default: 0.5 with exact M, else 0)",
+    )
+    add("--profile_nsamples", type=int, help="windows of the profile (default: all for reconstruction, 64 at most)")
+    add("--passes", type=int, default=1, help="2: profile once more, through a first compressed model")
+    add("--refine_steps", type=int, default=0, help="optimiser steps for each finished layer: no longer training-free")
     add("--profiling_mat_path", help="folder of the profile, made or reused (default: under --save_path)")
     add("--seed", type=int, default=3, help="of the windows' random starts")
 
@@ -80,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_nsamples", type=int, help="evaluate on the first N windows only (default: all)")
     add("--prompt", default="The meaning of life is", help="generate: the text to continue")
     add("--max_new_tokens", type=int, default=40, help="generate: how far")
+
+    speed = parser.add_argument_group("speed and memory (bench)")
+    add = speed.add_argument
+    add("--bench_what", default="all", help="layer, block, model or all")
+    add("--bench_dims", type=int, nargs="+", help="sizes of square layers (default: 4096 to 32768, on CPU 512 1024)")
+    add("--bench_tokens", type=int, nargs="+", help="tokens per call (default: 1 16 2048 65536, on CPU 1 256)")
+    add("--bench_seconds", type=float, help="about how long one comparison goes on (default: 2, on CPU 0.5)")
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
@@ -93,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
-    from component.solvers import PRUNERS, default_step
+    from component.solvers import PRUNERS
     from component.tuning import tunable
     from utils.data import check_name
     from utils.models import DTYPES
@@ -106,17 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
     _fill_density(options)
     _fill_allocation(options)
-    for flag in ("old_output_factor", "drift_factor"):
-        if not 0 <= getattr(options, flag) <= 1:
-            raise UsageError(f"--{flag} {getattr(options, flag):g} is outside [0,1]")
-    if options.reconstruct_step is None:
-        options.reconstruct_step = default_step(options.prune)
-    if options.drift_factor and options.reconstruct_step == 0:
-        raise UsageError("--drift_factor needs a reconstruction: leave out --reconstruct_step 0")
-    if options.output_shrinkage is not None and options.reconstruct_step is not None:
-        raise UsageError("--output_shrinkage is for the exact solver: leave out --reconstruct_step, use svd-llm")
-    if options.output_shrinkage is not None and not 0 < options.output_shrinkage <= 1:
-        raise UsageError(f"--output_shrinkage {options.output_shrinkage:g} is outside (0,1]")
+    _fill_method(options)
     if options.tune and not tunable(options):
         raise UsageError("--tune has nothing to choose here: it needs a reconstruction or --allocation kl")
     for dataset in options.dataset or []:
@@ -129,10 +148,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(options, name, value)
             if options.DEV == "cpu" and options.mode in ("m", "ppl"):
                 logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
+    if options.profile_nsamples is None:
+        options.profile_nsamples = min(options.reconstruct_nsamples, MOST_PROFILED)
     counts = ("pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "eval_batch_size", "eval_nsamples")
-    for name in (*counts, "rank_multiple", "profile_nsamples", "heldout_nsamples", "tune", "max_new_tokens"):
+    for name in (
+        *counts,
+        "rank_multiple",
+        "profile_nsamples",
+        "passes",
+        "heldout_nsamples",
+        "tune",
+        "refine_steps",
+        "max_new_tokens",
+    ):
         value = getattr(options, name)
-        least = {"model_seq_len": 2, "heldout_nsamples": 0, "tune": 0}.get(name, 1)  # one token predicts nothing
+        least = {"model_seq_len": 2, "heldout_nsamples": 0, "tune": 0, "refine_steps": 0}.get(name, 1)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value} is below {least}")
     return options
@@ -141,6 +171,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _check_choice(flag: str, value, choices: tuple) -> None:
     if value is not None and value not in choices:
         raise UsageError(f"unknown {flag} {value}: use one of {', '.join(map(str, choices))}")
+
+
+def _fill_method(options: argparse.Namespace) -> None:
+    """The step, and for exact M the constants that held-out text chose; the published steps keep to the paper."""
+    from component.solvers import EXACT, PLAIN, TUNED, default_step
+
+    if options.reconstruct_step is None:
+        options.reconstruct_step = default_step(options.prune)
+    exact = options.reconstruct_step is EXACT
+    for flag, value in (TUNED if exact else PLAIN).items():
+        if getattr(options, flag) is None:
+            setattr(options, flag, value)
+    for flag in ("old_output_factor", "drift_factor"):
+        if not 0 <= getattr(options, flag) <= 1:
+            raise UsageError(f"--{flag} {getattr(options, flag):g} is outside [0,1]")
+    if not 0 < options.output_shrinkage <= 1:
+        raise UsageError(f"--output_shrinkage {options.output_shrinkage:g} is outside (0,1]")
+    if options.output_shrinkage == PLAIN["output_shrinkage"]:
+        options.output_shrinkage = None
+    for flag in ("token_power", "ridge"):
+        if not 0 <= getattr(options, flag) < float("inf"):
+            raise UsageError(f"--{flag} {getattr(options, flag):g} is no number from 0 on")
+    for flag in ("drift_factor", "token_power", "refine_steps"):
+        if getattr(options, flag) and options.reconstruct_step == 0:
+            raise UsageError(f"--{flag} needs a reconstruction: leave out --reconstruct_step 0")
+    if options.output_shrinkage is not None and not exact:
+        raise UsageError("--output_shrinkage is for the exact solver: leave out --reconstruct_step, use svd-llm")
 
 
 def _fill_density(options: argparse.Namespace) -> None:
@@ -165,7 +222,7 @@ def _fill_allocation(options: argparse.Namespace) -> None:
     flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))
     if implied and options.allocation not in (None, implied):
         raise UsageError(f"{flags} selects --allocation {implied} and can't go with {options.allocation}")
-    options.allocation = options.allocation or implied or "uniform"
+    options.allocation = options.allocation or implied or "kl"
     if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
         raise UsageError(
             f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
@@ -189,6 +246,7 @@ def _fill_device(options: argparse.Namespace) -> None:
 
 def run(argv: list[str]) -> dict:
     """One command as a function: flags in, result record out. Raises: UsageError, RunError."""
+    import component.bench
     import component.compress
     import component.convert
     import evaluater
@@ -199,6 +257,7 @@ def run(argv: list[str]) -> dict:
         "pifa": component.convert.run,
         "ppl": evaluater.run_ppl,
         "generate": evaluater.run_generate,
+        "bench": component.bench.run,
     }
     return modes[options.mode](options)
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from utils import checkpoint as files
 from utils import data, models, report
+from utils.attention import repeat_heads
 from utils.errors import RunError
 
 
@@ -75,6 +76,8 @@ def run_ppl(options: Namespace) -> dict[str, Any]:
         for text in texts
     }
     model, watch, record = _load(options, source)
+    if record["dtype"] == "float32" and watch.device.type == "cuda":
+        repeat_heads(model)
     results = {name: perplexity(model, rows, options.eval_batch_size) for name, rows in windows.items()}
     first = results[texts[0].name]
     return {
@@ -118,7 +121,7 @@ def find_model(options: Namespace) -> models.Source:
     return models.Source(found.folder.name, str(found.folder))
 
 
-def _load(options: Namespace, source: models.Source) -> tuple[nn.Module, report.Stopwatch, dict[str, Any]]:
+def _load(options: Namespace, source: models.Source) -> tuple[Any, report.Stopwatch, dict[str, Any]]:
     """The model on its device, a running stopwatch, and what every record of this file starts with."""
     device = torch.device(options.DEV)
     watch = report.Stopwatch(device)
@@ -126,7 +129,7 @@ def _load(options: Namespace, source: models.Source) -> tuple[nn.Module, report.
     stored = files.read_checkpoint(source.location).record if compressed else {}
     default = stored.get("dtype") or models.default_dtype_name(source, models.load_config(source), device)
     dtype = options.dtype or default
-    model: nn.Module = models.load_model(source, models.DTYPES[dtype])
+    model: Any = models.load_model(source, models.DTYPES[dtype])
     return (
         model.to(device),
         watch,

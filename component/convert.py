@@ -1,48 +1,66 @@
 """--mode pifa: a folder of low-rank factors in, a folder of pivots and coefficients out, shard by shard."""
 
+import copy
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from component.compress import densities
 from component.cost import LOW_RANK, PIVOTED
-from component.linear import PIFALinear
-from component.pivoting import pivot
+from component.fold import Linear, fold, verify
+from component.folder import densities
+from component.linear import LowRankLinear, PIFALinear
+from component.pivoting import pivot_together
 from utils import checkpoint as files
 from utils import models, report
+from utils.channels import Junction, LayerProbe, Skeleton
 from utils.checkpoint import Checkpoint, CheckpointWriter
 from utils.errors import UsageError
 
 log = logging.getLogger("pifa")
 
+Entries = dict[str, dict[str, Any]]  # the `layers` of the quantization config
+
 
 def run(options: Namespace) -> dict[str, Any]:
-    """Pivot the low-rank checkpoint at --model_path and write `<its folder>-pifa`; returns the result record."""
+    """Pivot the low-rank checkpoint at --model_path and write `<its folder>-pifa`; returns the result record.
+
+    With --fold, channels that go on to another linear are left in pivot order, and the folder is `<...>-pifa-fold`.
+    """
     device = torch.device(options.DEV)
     watch = report.Stopwatch(device)
     source = _source(options)
     dtype = options.dtype or source.record["dtype"]
-    folder = Path(options.save_path) / f"{source.folder.resolve().name}-pifa"
-    flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype})
+    folding = bool(getattr(options, "fold", False))
+    folder = Path(options.save_path) / f"{source.folder.resolve().name}-pifa{'-fold' * folding}"
+    flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, **({"fold": True} if folding else {})})
     files.check_target(folder, flags_hash, options.resume)
     if folder.exists() and files.is_finished(folder):
         log.warning("%s is finished already", folder)
         return files.read_checkpoint(folder).record
     source.verify()
 
+    skeleton = _skeleton(source) if folding else None
     writer = CheckpointWriter(folder, flags_hash, options.resume)
     entries = {name: dict(entry) for name, entry in source.layers.items()}
     for shard in tqdm(sorted(source.manifest["shards"]), desc="pivot", unit="shard"):
-        if writer.finished(shard):
-            _read_ranks(entries, files.open_shard(folder / shard))
-            continue
         tensors = files.open_shard(source.folder / shard)
-        writer.write(shard, pivot_tensors(tensors, entries, device, models.DTYPES[dtype]))
+        here = {name: entry for name, entry in entries.items() if f"{name}.weight" in tensors}
+        probe = skeleton.probe_of(here) if skeleton else None
+        if writer.finished(shard):
+            stored = files.open_shard(folder / shard)
+        else:
+            stored = pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
+            writer.write(shard, stored)
+        note_entries(here, stored, foldable(probe, here))
+    if folding and not any("folded" in entry for entry in entries.values()):
+        log.warning("no linear of this model meets the next one channel by channel: nothing was folded")
 
     config = {**source.config, "dtype": dtype}
     config["quantization_config"] = {**source.config["quantization_config"], "layers": entries}
@@ -78,25 +96,81 @@ def _source(options: Namespace) -> Checkpoint:
     return source
 
 
+def _skeleton(source: Checkpoint) -> Skeleton:
+    config = transformers.AutoConfig.from_pretrained(source.folder)
+    del config.quantization_config  # the model as its family builds it
+    return Skeleton(config)
+
+
+@torch.no_grad()
 def pivot_tensors(
-    tensors: dict[str, Tensor], entries: dict[str, dict[str, Any]], device: torch.device, dtype: torch.dtype
+    tensors: dict[str, Tensor],
+    entries: Entries,
+    device: torch.device,
+    dtype: torch.dtype,
+    probe: LayerProbe | None = None,
 ) -> dict[str, Tensor]:
-    """A shard's tensors with every low-rank layer pivoted; notes kind and rank of each in `entries`."""
-    result = dict(tensors)
+    """A shard's tensors with every low-rank linear pivoted, and folded where a probe is given.
+
+    entries: of the linears whose tensors these are. Raises: RunError as pivoting and folding do.
+    """
+    junctions = foldable(probe, entries)
+    ends = {name for junction in junctions for name in (*junction.producers, junction.consumer)}
+    low_rank, dense = {}, {}
     for name, entry in entries.items():
-        if entry["kind"] != "lowrank" or f"{name}.u.weight" not in tensors:
-            continue
-        u, v = (result.pop(f"{name}.{factor}.weight").to(device) for factor in ("u", "v"))
-        bias = result.pop(f"{name}.bias", None)
-        pivots = pivot(u, v, name)
-        layer = PIFALinear.from_pivots(*pivots, bias, dtype)
-        entry.update(kind="pifa", rank=layer.rank)
-        result.update({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in result.items()}
+        if entry["kind"] == "lowrank":
+            low_rank[name] = _low_rank(tensors, name).to(device)
+        elif name in ends:
+            dense[name] = _dense(tensors, name).to(device)
+    after: dict[str, Linear] = {name: copy.deepcopy(layer) for name, layer in dense.items()}
+    together = [[name for name in junction.producers if name in low_rank] for junction in junctions]
+    alone = [[name] for name in low_rank if not any(name in group for group in together)]
+    for group in filter(None, [*together, *alone]):
+        chosen = pivot_together([(low_rank[name].u.weight, low_rank[name].v.weight) for name in group], group)
+        for name, pivots in zip(group, chosen, strict=True):
+            after[name] = PIFALinear.from_pivots(*pivots, low_rank[name].bias, torch.float64)
+    for junction in junctions:
+        fold(junction, after)
+    before: dict[str, Linear] = {**low_rank, **dense}
+    for layer in (*before.values(), *after.values()):
+        layer.cpu()
+    if probe:
+        for junction in junctions:
+            verify(probe, junction, before, after)
+    rest = {key: t for key, t in tensors.items() if not any(key.startswith(f"{name}.") for name in after)}
+    changed = {f"{name}.{key}": t for name, layer in after.items() for key, t in layer.state_dict().items()}
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in (rest | changed).items()}
 
 
-def _read_ranks(entries: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
-    """Note kind and rank of the layers of a shard that an earlier run pivoted."""
+def foldable(probe: LayerProbe | None, entries: Entries) -> list[Junction]:
+    """Those whose linears are all in the entries; one that calibration never called is not."""
+    found = probe.junctions if probe else []
+    return [junction for junction in found if entries.keys() >= {*junction.producers, junction.consumer}]
+
+
+def _low_rank(tensors: dict[str, Tensor], name: str) -> LowRankLinear:
+    u, v = tensors[f"{name}.u.weight"], tensors[f"{name}.v.weight"]
+    return LowRankLinear.from_factors(u, v, tensors.get(f"{name}.bias"), torch.float64)
+
+
+def _dense(tensors: dict[str, Tensor], name: str) -> nn.Linear:
+    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=torch.float64)
+    linear.load_state_dict({key: t for key, t in (("weight", weight), ("bias", bias)) if t is not None})
+    return linear
+
+
+def note_entries(entries: Entries, tensors: dict[str, Tensor], junctions: Sequence[Junction]) -> None:
+    """Bring the entries in line with the tensors that are stored: kind, rank, and which sides are in pivot order."""
     for name, entry in entries.items():
         if f"{name}.pivot.weight" in tensors:
-            entry.update(kind="pifa", rank=tensors[f"{name}.pivot.weight"].shape[0])
+            entry.update(kind="pifa", rank=len(tensors[f"{name}.pivot.weight"]))
+    for junction in junctions:
+        if any(entries[name]["kind"] == "pifa" for name in junction.producers):
+            in_order = [name for name in junction.producers if _is_identity(tensors.get(f"{name}.perm"))]
+            for name, side in [*((name, "outputs") for name in in_order), (junction.consumer, "inputs")]:
+                entries[name]["folded"] = sorted({*entries[name].get("folded", ()), side})
+
+
+def _is_identity(perm: Tensor | None) -> bool:
+    return perm is None or torch.equal(perm, torch.arange(len(perm), dtype=perm.dtype))

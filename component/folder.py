@@ -76,7 +76,8 @@ def files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:
     tokenizer.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
-    loader = [Path(str(module.__file__)) for module in (component.integration, component.linear)]
+    here = Path(__file__).parent
+    loader = [here / f"{name}.py" for name in ("integration", "linear", "kernels", "triton_kernels")]
     return sorted(path for path in folder.iterdir() if path.is_file()) + loader
 
 

@@ -1,11 +1,12 @@
 """Registers the checkpoint format with transformers, so that from_pretrained builds our modules.
 
-Importing this file is enough. A copy of it and of linear.py lies in every checkpoint, where `trust_remote_code=True`
-imports it; so it depends on nothing but torch, transformers and its neighbour.
+Importing this file is enough. A copy of it and of its neighbours lies in every checkpoint, where
+`trust_remote_code=True` imports it; so it depends on nothing but torch, transformers and them.
 """
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.quantizers.auto import (
@@ -17,7 +18,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .kernels import pivoted_product
 from .linear import LowRankLinear, PIFALinear
+from .linear import _is_bare as is_bare
 
 METHOD = "pifa"
 FORMAT_VERSION = 1
@@ -28,7 +31,9 @@ KINDS: dict[str, type[LowRankLinear] | type[PIFALinear]] = {"lowrank": LowRankLi
 class PIFAConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint: which linears are stored in which form.
 
-    layers: full module name -> {"kind": "lowrank" | "pifa" | "dense", "rank": int, "in_features", "out_features"}.
+    layers: full module name -> {"kind": "lowrank" | "pifa" | "dense", "rank": int, "in_features", "out_features"},
+    and where the checkpoint is folded "folded": ["inputs"] or ["outputs"], the side on which the linear's channels
+    stand in the order of pivots that come before or here. A pivoted linear with such outputs has nothing to reorder.
 
     Raises: ValueError for a format_version or a kind that this code does not know.
     """
@@ -46,6 +51,17 @@ class PIFAConfig(QuantizationConfigMixin):
             raise ValueError(f"unknown kind of layer in the checkpoint: {', '.join(sorted(unknown))}")
 
 
+class PivotOrderLinear(PIFALinear):
+    """A pivoted linear of a folded checkpoint: its perm is the identity, so that outputs go on as they come."""
+
+    def forward(self, x):
+        if is_bare(self.pivot) and is_bare(self.coeff) and not torch.is_autocast_enabled(x.device.type):
+            return pivoted_product(x, self.pivot.weight, self.coeff.weight, self.bias)
+        y_pivot = self.pivot(x)
+        y = torch.cat([y_pivot, self.coeff(y_pivot)], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
 class PIFAQuantizer(HfQuantizer):
     """Swaps linears for the stored kind before the weights are read."""
 
@@ -59,8 +75,10 @@ class PIFAQuantizer(HfQuantizer):
             linear = model.get_submodule(name)
             like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
             has_bias = linear.bias is not None
-            layer = KINDS[entry["kind"]](linear.in_features, linear.out_features, entry["rank"], has_bias, **like)
-            model.set_submodule(name, layer)
+            kind = KINDS[entry["kind"]]
+            if kind is PIFALinear and "outputs" in entry.get("folded", ()):
+                kind = PivotOrderLinear
+            model.set_submodule(name, kind(linear.in_features, linear.out_features, entry["rank"], has_bias, **like))
 
     def _process_model_after_weight_loading(self, model, **_):
         return model
@@ -83,7 +101,7 @@ class PIFAQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model, dtype=None):
-        """Back to nn.Linear, in place."""
+        """Back to nn.Linear, in place. Folded channels stay in their order: the model is the same function."""
         for name in self.quantization_config.layers:
             layer = model.get_submodule(name)
             if not isinstance(layer, LowRankLinear | PIFALinear):

@@ -56,3 +56,18 @@ def balance(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     left, right = u.norm(dim=0), v.norm(dim=1)
     scale = torch.where((left > 0) & (right > 0), (right / left).sqrt(), torch.ones_like(left))
     return u * scale, v / scale[:, None]
+
+
+def packed(symmetric: Tensor) -> Tensor:
+    """The lower triangle of (n, n), row by row: (n (n + 1) / 2,)."""
+    rows, columns = torch.tril_indices(*symmetric.shape, device=symmetric.device)
+    return symmetric[rows, columns]
+
+
+def unpacked(triangle: Tensor) -> Tensor:
+    """The symmetric matrix of which this is the lower triangle."""
+    size = int((2 * len(triangle)) ** 0.5)  # n < sqrt(n (n + 1)) < n + 1
+    lower = triangle.new_zeros(size, size)
+    rows, columns = torch.tril_indices(size, size, device=triangle.device)
+    lower[rows, columns] = triangle
+    return lower + lower.tril(-1).T

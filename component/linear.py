@@ -1,10 +1,12 @@
 """The two linear layers that a compressed model is made of.
 
-This file travels inside every checkpoint (see integration.py), so it imports nothing but torch.
+This file travels inside every checkpoint (see integration.py), so it imports nothing but torch and its neighbour.
 """
 
 import torch
 from torch import Tensor, nn
+
+from .kernels import pifa_linear, reorder
 
 
 class FactoredLinear(nn.Module):
@@ -65,7 +67,8 @@ class PIFALinear(FactoredLinear):
 
     y_p = W_p x, y_np = C y_p, y = [y_p | y_np] put in order by `perm`, plus the bias. W_p: (r, d_in) in
     `pivot.weight`, C: (d_out - r, r) in `coeff.weight`, `perm`: (d_out,) int32, output j is column perm[j] of
-    [y_p | y_np]. `perm` is read at every call, so a changed one counts.
+    [y_p | y_np]. `perm` is read at every call, so a changed one counts. `pivot` and `coeff` may be replaced or hooked,
+    by an adapter say; they are called as modules then, and otherwise their weights go to kernels.py.
 
     The constructor allocates only (it works on the meta device); `from_pivots` fills.
 
@@ -91,9 +94,12 @@ class PIFALinear(FactoredLinear):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y_pivot = self.pivot(x)
-        y = torch.cat([y_pivot, self.coeff(y_pivot)], dim=-1).index_select(-1, self.perm)
-        return y if self.bias is None else y + self.bias
+        pivot, coeff = self.pivot, self.coeff
+        if _is_bare(pivot) and _is_bare(coeff) and not torch.is_autocast_enabled(x.device.type):
+            return pifa_linear(x, pivot.weight, coeff.weight, self.perm, self.bias)
+        y_pivot = pivot(x)
+        y = torch.cat([y_pivot, coeff(y_pivot)], dim=-1)
+        return reorder(y, self.perm, None if self.bias is None else self.bias.to(y.dtype))
 
     def dense_weight(self) -> Tensor:
         """The (d_out, d_in) matrix, multiplied in float32 or better, in the layer's dtype."""
@@ -103,6 +109,21 @@ class PIFALinear(FactoredLinear):
 
 def _allocate(in_features, out_features, device, dtype) -> nn.Linear:
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=device or "cpu", dtype=dtype)
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether to call it is to multiply by its weight: an nn.Linear of plain tensors that nobody replaced or hooked."""
+    if type(linear) is not nn.Linear:
+        return False
+    own = vars(linear)  # attributes of a module are slow to look up
+    weight, bias = (own["_parameters"].get(name) for name in ("weight", "bias"))
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and bias is None
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
+    )
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """PIFA: a rank-r matrix as r of its own rows and the coefficients of the others (arXiv 2501.19090, Sec. 3)."""
 
 import logging
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,9 @@ log = logging.getLogger("pifa")
 RANK_TOLERANCE = 1e-10  # smallest over largest, below which a direction counts as absent
 LARGEST_COEFFICIENT = 1.2  # swaps go on until no coefficient is larger; small ones round well
 MOST_SWAPS_PER_RANK = 4  # every swap multiplies a determinant by more than 1.2, so the bound is never near
+LARGEST_SHARED_COEFFICIENT = 8.0  # of pivots that several matrices share
+HOPELESS = 1e6  # coefficients before any swap, above which float64 has not enough digits left for swaps to go on from
+STAY = (0.0, 0, 0)  # no swap
 
 
 class Pivots(NamedTuple):
@@ -34,20 +39,46 @@ def pivot(u: Tensor, v: Tensor, what: str = "module") -> Pivots:
 
     Raises: RunError naming `what` where a factor is not finite.
     """
+    u, v = _full_rank(u, v, what)
+    rows, coefficients = _lu_rows(u)
+    rows = _swap(rows, [coefficients], what)
+    return _pivots_of(u, v, rows, _stretches([u.shape[1]], len(u)))
+
+
+def pivot_together(factors: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[Pivots]:
+    """Pivots of matrices with equally many rows, chosen so that all of them have the same perm.
+
+    Where ranks differ, the pivots of a matrix are among those of every matrix with a higher rank: the order
+    [pivots of all | pivots of the higher ranks only | others] then is pivots first for each. Rows are chosen one by
+    one for the largest product of their distances from the rows chosen before, over the matrices, and improved by
+    swaps that raise the product of the determinants. Coefficients come out larger than each matrix alone would have
+    them; where they exceed 8, or the matrices have no common pivots, each gets its own, and its own perm.
+
+    factors: (u, v) of each, as for `pivot`. Raises: RunError naming a matrix whose factors are not finite.
+    """
+    if len(factors) == 1:
+        return [pivot(*factors[0], names[0])]
+    full = [_full_rank(u, v, name) for (u, v), name in zip(factors, names, strict=True)]
+    us = [u for u, _ in full]
+    ranks = [u.shape[1] for u in us]
+    rows = common_rows(us)
+    coefficients = [coefficients_of(u, rows) for u in us]
+    if all(_largest(c) < HOPELESS for c in coefficients):
+        rows = _swap(rows, coefficients, " and ".join(names))
+        stretches = _stretches(ranks, len(rows))
+        together = [_pivots_of(u, v, rows, stretches) for u, v in full]
+        if all(_largest(p.coefficients) <= LARGEST_SHARED_COEFFICIENT for p in together):
+            return together
+    log.warning("%s: no good pivots in common, each has its own", " and ".join(names))
+    return [pivot(u, v, name) for (u, v), name in zip(full, names, strict=True)]
+
+
+def _full_rank(u: Tensor, v: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The factors in float64, with as many columns as their product has rank."""
     u, v = u.double(), v.double()
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise RunError(f"{what}: its low-rank factors are not finite")
-    if not _has_full_rank(u, v):
-        u, v = _reduce_rank(u, v, what)
-    rank = u.shape[1]
-    rows = _swap(*_lu_rows(u), what=what)
-    chosen = rows[:rank].sort().values
-    others = rows[rank:].sort().values
-    # solved afresh for the sorted rows: swaps have added rounding to the running coefficients
-    coefficients = torch.linalg.solve(u[chosen], u[others], left=False)
-    perm = torch.empty_like(rows)
-    perm[torch.cat([chosen, others])] = torch.arange(len(rows), device=rows.device)
-    return Pivots(u[chosen] @ v, coefficients, perm.int())
+    return (u, v) if _has_full_rank(u, v) else _reduce_rank(u, v, what)
 
 
 def _has_full_rank(u: Tensor, v: Tensor) -> bool:
@@ -81,19 +112,103 @@ def _lu_rows(u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=u.device), coefficients
 
 
-def _swap(rows: Tensor, coefficients: Tensor, what: str) -> Tensor:
-    """Exchange a pivot with another row while a coefficient exceeds the limit (maxvol); returns the rows."""
-    rank = coefficients.shape[1]
-    for _ in range(MOST_SWAPS_PER_RANK * rank if coefficients.numel() else 0):
-        i, j = divmod(int(coefficients.abs().argmax()), rank)
-        peak = coefficients[i, j].clone()
-        if peak.abs() <= LARGEST_COEFFICIENT:
+def common_rows(us: list[Tensor]) -> Tensor:
+    """All row indices, pivots first, chosen greedily for all matrices that have not had their rank yet.
+
+    Row-pivoted Gram-Schmidt in each column space, in float32: it only chooses.
+    """
+    bases = [torch.linalg.qr(u).Q.float() for u in us]
+    directions = [torch.zeros(b.shape[1], b.shape[1], device=b.device) for b in bases]
+    distances = [b.square().sum(dim=1) for b in bases]
+    free = torch.ones_like(distances[0])
+    rows = torch.empty(len(free), dtype=torch.int64, device=free.device)
+    highest = max(len(d) for d in directions)
+    for step in range(highest):
+        score = free.clone()
+        for distance, found in zip(distances, directions, strict=True):
+            if step < len(found):
+                score *= distance
+        rows[step] = row = torch.where(free > 0, score, -1).argmax()
+        free[row] = 0
+        for basis, distance, found in zip(bases, distances, directions, strict=True):
+            if step < len(found):
+                direction = basis[row]
+                for _ in range(2):  # once is not orthogonal enough
+                    direction = direction - (found[:step] @ direction) @ found[:step]
+                found[step] = direction / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny)
+                distance.sub_((basis @ found[step]).square()).clamp_(min=0)
+    rows[highest:] = free.nonzero().flatten()
+    return rows
+
+
+def coefficients_of(u: Tensor, rows: Tensor) -> Tensor:
+    """C = u[J] u[I]^-1 with I the first r of `rows` and J the rest; not finite where u[I] is singular."""
+    rank = u.shape[1]
+    return torch.linalg.solve_ex(u[rows[:rank]], u[rows[rank:]], left=False).result
+
+
+def _largest(coefficients: Tensor) -> float:
+    """The largest magnitude; infinite where one is not finite."""
+    return float(coefficients.abs().nan_to_num(torch.inf, torch.inf).max()) if coefficients.numel() else 0.0
+
+
+def _stretches(ranks: list[int], count: int) -> list[tuple[int, int]]:
+    """The order's parts, within which rows are alike to every matrix: [0, r1), [r1, r2), ..., [rk, count)."""
+    return list(pairwise(sorted({0, *ranks, count})))
+
+
+def _swap(rows: Tensor, coefficients: list[Tensor], what: str) -> Tensor:
+    """Exchange a pivot with another row while that multiplies the product of the determinants of all u[I] by more
+    than the limit (maxvol); returns the rows. Changes `coefficients` in place.
+    """
+    ranks = [c.shape[1] for c in coefficients]
+    stretches = _stretches(ranks, len(rows))
+    for _ in range(MOST_SWAPS_PER_RANK * max(ranks)):
+        gain, low, high = max((_best_swap(coefficients, *pair) for pair in combinations(stretches, 2)), default=STAY)
+        if gain <= LARGEST_COEFFICIENT:
             return rows
-        row, column = coefficients[i].clone(), coefficients[:, j].clone()
-        coefficients = coefficients - torch.outer(column, row / peak)
+        for c in coefficients:
+            exchange(c, low, high)
+        rows[[low, high]] = rows[[high, low]]
+    log.warning("%s: swaps stopped where one more would gain a factor of %.2f", what, gain)
+    return rows
+
+
+def _best_swap(coefficients: list[Tensor], before: tuple[int, int], after: tuple[int, int]) -> tuple[float, int, int]:
+    """Factor and places of the swap between two parts of the order that raises the determinants' product most.
+
+    It concerns the matrices for which the first part holds pivots and the second does not.
+    """
+    gains = None
+    for c in coefficients:
+        rank = c.shape[1]
+        if before[1] <= rank <= after[0]:
+            block = c[after[0] - rank : after[1] - rank, before[0] : before[1]].abs()
+            gains = block if gains is None else gains * block
+    if gains is None:
+        return STAY
+    row, column = divmod(int(gains.argmax()), gains.shape[1])
+    return gains[row, column].item(), before[0] + column, after[0] + row
+
+
+def exchange(coefficients: Tensor, low: int, high: int) -> None:
+    """Rows at places low < high of the order change places: what that makes of C, in place."""
+    rank = coefficients.shape[1]
+    if high < rank:
+        coefficients[:, [low, high]] = coefficients[:, [high, low]]
+    elif low >= rank:
+        coefficients[[low - rank, high - rank]] = coefficients[[high - rank, low - rank]]
+    else:
+        i, j = high - rank, low
+        peak, row, column = coefficients[i, j].clone(), coefficients[i].clone(), coefficients[:, j].clone()
+        coefficients -= torch.outer(column, row / peak)
         coefficients[i], coefficients[:, j] = -row / peak, column / peak
         coefficients[i, j] = 1 / peak
-        rows[[j, rank + i]] = rows[[rank + i, j]]
-    if coefficients.numel():
-        log.warning("%s: a coefficient of %.2f is left", what, coefficients.abs().max())
-    return rows
+
+
+def _pivots_of(u: Tensor, v: Tensor, rows: Tensor, stretches: list[tuple[int, int]]) -> Pivots:
+    """Sort the rows within each part of the order; solve afresh, as swaps have added rounding to what they ran on."""
+    rows = torch.cat([rows[start:stop].sort().values for start, stop in stretches])
+    perm = torch.empty_like(rows)
+    perm[rows] = torch.arange(len(rows), device=rows.device)
+    return Pivots(u[rows[: u.shape[1]]] @ v, coefficients_of(u, rows), perm.int())

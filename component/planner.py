@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from component.allocation import ALLOCATIONS, PROFILED, attention_range
+from component.allocation import ALLOCATIONS, PROFILED, attention_range, mlp_density, uniform
 from component.budget import RANK_FLOOR, Budget, Module, Plan
 from component.cost import LOW_RANK, PIVOTED, StorageFormat
 from component.job import Job
@@ -19,13 +19,25 @@ from component.plan import read_plan
 from component.profile import Profile, Profiling, make_profile
 from component.sensitivity import output_weighting
 from component.solvers import Solver, make_solver
-from component.streaming import Flows
+from component.streaming import Flows, compress_layers
 from component.tuning import ATTENTION_STEP, Recipe, searches_attention
 from utils import checkpoint as files
 from utils import report
+from utils.errors import UsageError
 from utils.layers import DecoderLayer, uncalled_linears
 
 log = logging.getLogger("pifa")
+
+DRAFT_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A first compressed model, in memory: its decoder layers, on the CPU, and all that decides what they are."""
+
+    layers: list[nn.Module]
+    identity: dict[str, Any]
+    suffix: str  # of its profile's folder, where the user names that of the first
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Planner:
 
     options: Namespace
     modules: list[Module]
+    device: torch.device
     profile: Profile | None = None
 
     @property
@@ -59,19 +72,36 @@ class Planner:
         return ALLOCATIONS[options.allocation](budget)
 
     def solver(self, recipe: Recipe) -> Solver:
-        weighting = None
-        if self.profile and recipe.output_shrinkage is not None:
-            weighting = partial(_weighting, self.profile, recipe.output_shrinkage)
-        options = self.options
+        options, profile = self.options, self.profile
+        weighting = token_weights = None
+        if profile and recipe.output_shrinkage is not None:
+            weighting = partial(_weighting, profile, recipe.output_shrinkage, self.device)
+        if profile and recipe.token_power:
+            token_weights = partial(_token_weights, profile, recipe.token_power, options.reconstruct_nsamples)
         return make_solver(
-            options.prune, options.reconstruct_step, recipe.old_output_factor, recipe.drift_factor, weighting
+            options.prune,
+            options.reconstruct_step,
+            recipe.old_output_factor,
+            recipe.drift_factor,
+            options.ridge,
+            weighting,
+            token_weights,
         )
+
+
+def check_budget(options: Namespace, modules: list[Module]) -> None:
+    """Refuse what no ranks fit before the profile is made. Raises: UsageError."""
+    if options.allocation in ALLOCATIONS:
+        storage = PIVOTED if options.use_pifa else LOW_RANK
+        uniform(Budget(modules, options.density, storage))
+    if options.attn_ratio is not None:
+        mlp_density(modules, options.density, 1 - options.attn_ratio)
 
 
 def recipe_of(options: Namespace) -> Recipe:
     """What the flags ask for."""
     attention = None if options.attn_ratio is None else 1 - options.attn_ratio
-    factors = options.old_output_factor, options.drift_factor, options.output_shrinkage
+    factors = options.old_output_factor, options.drift_factor, options.output_shrinkage, options.token_power
     return Recipe(*factors, RANK_FLOOR, attention)
 
 
@@ -85,12 +115,22 @@ def attention_densities(options: Namespace, modules: list[Module]) -> list[float
 
 
 def profile_for(
-    job: Job, model: PreTrainedModel, described: list[DecoderLayer], recipes: list[Recipe], device: torch.device
+    job: Job,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    recipes: list[Recipe],
+    device: torch.device,
+    batch: int,
+    draft: Draft | None = None,
 ) -> Profile | None:
-    """The profile that these recipes need, if they do: made here, or taken from an earlier run."""
+    """The profile that these recipes need, if they do: made here, or taken from an earlier run.
+
+    draft: of the compressed model, whose gradients then count in place of the original's.
+    """
     options = job.options
     shrinkages = tuple(dict.fromkeys(recipe.output_shrinkage for recipe in recipes))
-    if options.allocation not in PROFILED and shrinkages == (None,):
+    weighs_tokens = any(recipe.token_power for recipe in recipes)
+    if options.allocation not in PROFILED and shrinkages == (None,) and not weighs_tokens:
         return None
     rows = job.windows[: options.profile_nsamples]
     settings = {
@@ -99,15 +139,57 @@ def profile_for(
         "windows_sha256": files.hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
+        "draft": draft and draft.identity,
     }
     hashed = files.hash_of(settings)
-    default = Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}"
-    folder = Path(options.profiling_mat_path or default)
-    return make_profile(folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages))
+    given = options.profiling_mat_path and options.profiling_mat_path + (draft.suffix if draft else "")
+    folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
+    layers = draft.layers if draft else None
+    return make_profile(
+        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers)
+    )
 
 
-def _weighting(profile: Profile, shrinkage: float, name: str) -> Tensor:
-    return output_weighting(profile.output_gram(name), shrinkage, name)
+def draft_of(
+    planner: Planner,
+    recipe: Recipe,
+    job: Job,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    device: torch.device,
+    batch: int,
+    number: int,
+) -> Draft:
+    """The model as pass `number` - 1 would make it, from a few windows: enough to see what matters behind it.
+
+    Gradients through the compressed model say better than those through the original where its errors count. Drafts
+    from 8 windows served as well as drafts from all 64.
+    """
+    if planner.profile is None:
+        raise UsageError("--passes 2 is for what reads a profile, such as --allocation kl")
+    windows = job.windows[:DRAFT_WINDOWS]
+    plan, solver = planner.plan(recipe), planner.solver(recipe)
+    flows = Flows(windows, len(windows), len(windows), batch)
+    layers = [layer.cpu() for _, layer in compress_layers(model, described, plan, solver, flows, device, job.dtype)]
+    identity = {
+        "profile": planner.profile.identity,
+        "plan": plan,
+        "recipe": asdict(recipe),
+        "prune": planner.options.prune,
+        "step": planner.options.reconstruct_step,
+        "ridge": planner.options.ridge,
+    }
+    return Draft(layers, identity, f"-pass{number}")
+
+
+def _weighting(profile: Profile, shrinkage: float, device: torch.device, name: str) -> Tensor:
+    return output_weighting(profile.output_gram(name, device), shrinkage, name)
+
+
+def _token_weights(profile: Profile, power: float, count: int, name: str) -> Tensor:
+    """(count, length): scores to the power, with mean 1; windows that the profile has not seen weigh 1."""
+    scores = profile.token_scores(name)[:count] ** power
+    return torch.cat([scores / scores.mean(), scores.new_ones(count - len(scores), scores.shape[1])])
 
 
 def modules_of(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Module]:

@@ -1,12 +1,13 @@
-"""The profile pass: one forward and one backward walk over the dense model, a layer on the device at a time.
+"""The profile pass: one forward and one backward walk over the model, a layer on the device at a time.
 
-It measures what allocation and truncation want to know of each module: the expected KL at every rank, and the second
-moment of its output gradients. Only the hidden states between layers are kept, in host memory.
+It measures what allocation and truncation want to know of each module: the expected KL at every rank, the second
+moment of its output gradients, and how much each token matters to it. The hidden states between layers are kept, on
+the card where they fit; of a layer's activations only moments and a sample.
 """
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,23 +17,32 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from component.linalg import packed, unpacked
 from component.moments import add_product, full_precision
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from utils import checkpoint as files
+from utils.errors import RunError
 from utils.layers import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer, watching
+from utils.placement import home
+
+CURVE_TOKENS = 16384  # evenly spaced tokens on which the loss curves are evaluated; all of 131,072 gave the same ranks
 
 
 @dataclass(frozen=True)
 class Profiling:
-    """How a profile is made. windows: (count, length) int64, one at a time through a layer; seed: of the labels drawn.
+    """How a profile is made. windows: (count, length) int64; seed: of the labels drawn.
 
     shrinkages: of the output weightings that truncation may use, None for none; each has loss curves of its own.
+    batch: windows that go through a layer at once. layers: decoder layers that take the place of the model's own, of
+    which only the weights are then looked at; their linears may be of any kind.
     """
 
     windows: Tensor
     device: torch.device
     seed: int
     shrinkages: tuple[float | None, ...] = (None,)
+    batch: int = 1
+    layers: Sequence[nn.Module] | None = None
 
 
 class Sensitivity(NamedTuple):
@@ -43,9 +53,11 @@ class Sensitivity(NamedTuple):
 
 
 class LayerProfile(NamedTuple):
-    """Of one decoder layer: its linears by full name; the share of outlier weights; the influence of the block."""
+    """Of one decoder layer: its linears by full name; by the first of each group, how much every token matters to it,
+    (windows, length) float32 with mean 1; the share of outlier weights; the influence of the block."""
 
     linears: dict[str, Sensitivity]
+    token_scores: dict[str, Tensor]
     outliers: float
     influence: float
 
@@ -53,8 +65,9 @@ class LayerProfile(NamedTuple):
 class Profile:
     """A finished profile on disk; what is small is read at once, output moments layer by layer when asked for."""
 
-    def __init__(self, folder: Path, names: list[str], shrinkages: tuple[float | None, ...]):
+    def __init__(self, folder: Path, identity: str, names: list[str], shrinkages: tuple[float | None, ...]):
         self.folder = folder
+        self.identity = identity
         self.shrinkages = shrinkages
         self.shard_of: dict[str, str] = {}
         self.loss_curves: dict[str, Tensor] = {}
@@ -74,8 +87,13 @@ class Profile:
         row = self.shrinkages.index(shrinkage)
         return {name: curves[row].tolist() for name, curves in self.loss_curves.items()}
 
-    def output_gram(self, name: str) -> Tensor:
-        return files.open_tensor(self.folder / self.shard_of[name], f"{name}.output_gram")
+    def token_scores(self, name: str) -> Tensor:
+        """(windows, length) float32 of the group whose first linear this is."""
+        return files.open_tensor(self.folder / self.shard_of[name], f"{name}.token_scores")
+
+    def output_gram(self, name: str, device: torch.device) -> Tensor:
+        triangle = files.open_tensor(self.folder / self.shard_of[name], f"{name}.output_gram")
+        return unpacked(triangle.to(device).float())
 
 
 def make_profile(
@@ -94,11 +112,12 @@ def make_profile(
             tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
             for name, sensitivity in measured.linears.items():
                 tensors[f"{name}.loss_curves"] = sensitivity.loss_curves
-                if weighted:  # large, and of use to the weighting alone
-                    tensors[f"{name}.output_gram"] = sensitivity.output_gram
+                if weighted:  # large, and of use to the weighting alone; bfloat16 is finer than its sampling noise
+                    tensors[f"{name}.output_gram"] = packed(sensitivity.output_gram).bfloat16()
+            tensors.update({f"{name}.token_scores": scores for name, scores in measured.token_scores.items()})
             writer.write(files.layer_shard(index), tensors)
         writer.seal({"kind": "profile", "windows": list(profiling.windows.shape)})
-    return Profile(folder, names, profiling.shrinkages)
+    return Profile(folder, identity, names, profiling.shrinkages)
 
 
 def profile_layers(
@@ -108,30 +127,71 @@ def profile_layers(
 
     Float32 throughout: gradients in half precision vanish.
     """
-    windows, device = profiling.windows, profiling.device
-    layers = [model.get_submodule(layer.name) for layer in described]
+    windows, device, batch = profiling.windows, profiling.device, profiling.batch
+    layers = profiling.layers if profiling.layers else [model.get_submodule(layer.name) for layer in described]
     hidden, keywords = layer_inputs(model, windows)
-    states = [hidden.float()]
+    place = home((len(layers) + 3) * hidden.float().nbytes, device)
+    states = [hidden.to(place, torch.float32)]
     with torch.no_grad(), full_precision():
         for layer, kwargs in zip(tqdm(layers, desc="profile", unit="layer"), keywords, strict=True):
             wide, kwargs = _wide(layer, kwargs, device)
-            outputs = [run_layer(wide, window[None].to(device), kwargs).cpu() for window in states[-1]]
+            outputs = [run_layer(wide, part.to(device), kwargs).to(place) for part in states[-1].split(batch)]
             states.append(torch.cat(outputs))
+            if not torch.isfinite(states[-1]).all():
+                raise RunError(f"{_culprit(wide, described[len(states) - 2].name)} is not finite")
     influence = [angular_influence(*pair) for pair in itertools.pairwise(states)]
     gradient = _output_gradients(model, states.pop(), profiling)
     for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="sensitivities", unit="layer"):
+        names = described[index]
         wide, kwargs = _wide(layers[index], keywords[index], device)
+        weights = _weights(model.get_submodule(names.name), names.linears(), device)
         with full_precision():
-            inputs, gradients, gradient = _backward(wide, described[index], states.pop(), gradient, kwargs, device)
-            linears = dict(_sensitivities(wide, described[index], inputs, gradients, profiling.shrinkages))
-        outliers = _outliers(wide, described[index], inputs)
-        yield index, LayerProfile(linears, outliers, influence[index])
+            seen = _Seen(names, stride=-(-windows.numel() // CURVE_TOKENS))
+            gradient = _backward(wide, seen, states.pop(), gradient, kwargs, profiling)
+            linears = dict(_sensitivities(weights, seen, profiling.shrinkages))
+        norms = {first: gram.diagonal().sqrt() for first, gram in seen.input_grams.items()}
+        shared = [(weights[name], norms[group[0]]) for group in names.groups for name in group]
+        outliers = outlier_share([weight for weight, _ in shared], [norm for _, norm in shared])
+        scores = {f"{names.name}.{group[0]}": seen.token_scores(group, windows) for group in names.groups}
+        yield index, LayerProfile(linears, scores, outliers, influence[index])
 
 
-def _outliers(layer, described: DecoderLayer, inputs: dict[str, Tensor]) -> float:
-    firsts = {name: group[0] for group in described.groups for name in group}
-    weights = [layer.get_submodule(name).weight.detach() for name in firsts]
-    return outlier_share(weights, [inputs[first].double().norm(dim=0) for first in firsts.values()])
+class _Seen:
+    """What is kept of a layer's activations and gradients: moments of all tokens, and every stride-th token itself."""
+
+    def __init__(self, described: DecoderLayer, stride: int):
+        self.described = described
+        self.stride = stride
+        self.input_grams: dict[str, Tensor] = {}  # by the first linear of a group
+        self.output_grams: dict[str, Tensor] = {}
+        self.norms: dict[str, list[Tensor]] = {}  # squared, of every token's gradient
+        self._samples: dict[str, list[Tensor]] = {}
+
+    def add(self, inputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """One batch: inputs (..., d_in) by the first linear of a group, output gradients (..., d_out) by linear."""
+        for name, x in inputs.items():
+            self.input_grams[name] = add_product(self.input_grams.get(name), x, x)
+            self._keep(f"{name}.input", x)
+        for name, g in gradients.items():
+            self.output_grams[name] = add_product(self.output_grams.get(name), g, g)
+            self.norms.setdefault(name, []).append(g.flatten(0, -2).square().sum(-1))
+            self._keep(name, g)
+
+    def sample(self, name: str) -> tuple[Tensor, Tensor]:
+        """Inputs and output gradients of the same tokens: (tokens, d_in), (tokens, d_out)."""
+        first = next(group[0] for group in self.described.groups if name in group)
+        return torch.cat(self._samples[f"{first}.input"]), torch.cat(self._samples[name])
+
+    def token_scores(self, group: tuple[str, ...], windows: Tensor) -> Tensor:
+        """Squared gradient norm of every token over its mean, averaged over the linears of the group."""
+        norms = torch.stack([torch.cat(self.norms[name]) for name in group])
+        means = norms.mean(1, keepdim=True)
+        scores = torch.where(means > 0, norms / means, torch.ones_like(norms)).mean(0)
+        return scores.cpu().reshape(windows.shape)
+
+    def _keep(self, key: str, rows: Tensor) -> None:
+        # a copy: a view would keep all tokens in memory
+        self._samples.setdefault(key, []).append(rows.flatten(0, -2)[:: self.stride].clone())
 
 
 def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -141,6 +201,16 @@ def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tup
         return tensor.to(device, torch.float32) if tensor.is_floating_point() else tensor.to(device)
 
     return copy.deepcopy(layer).to(device, torch.float32), map_tensors(kwargs, move)
+
+
+def _culprit(layer: nn.Module, name: str) -> str:
+    """What to blame for outputs that are not finite: a parameter that is not, or else the layer's output."""
+    broken = (key for key, tensor in layer.named_parameters() if not torch.isfinite(tensor).all())
+    return next((f"{name}.{key}" for key in broken), f"the output of {name}")
+
+
+def _weights(layer, names: list[str], device: torch.device) -> dict[str, Tensor]:
+    return {name: layer.get_submodule(name).weight.detach().to(device) for name in names}
 
 
 def _output_gradients(model, states: Tensor, profiling: Profiling) -> Tensor:
@@ -153,47 +223,45 @@ def _output_gradients(model, states: Tensor, profiling: Profiling) -> Tensor:
             hidden = hidden[None].to(device).requires_grad_(True)
             scores = logits_from(model, window[None].to(device), hidden)[0].float().log_softmax(-1)
             labels = torch.multinomial(scores.detach().exp(), 1, generator=draw)
-            gradients.append(torch.autograd.grad(scores.gather(-1, labels).sum(), hidden)[0].cpu())
+            gradients.append(torch.autograd.grad(scores.gather(-1, labels).sum(), hidden)[0].to(states.device))
     return torch.cat(gradients)
 
 
 def _backward(
-    layer: nn.Module, described: DecoderLayer, states: Tensor, gradient: Tensor, kwargs: dict[str, Any], device
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Inputs by each group's first linear, output gradients by linear, both (tokens, width), and the layer's own."""
-    inputs: dict[str, list[Tensor]] = {group[0]: [] for group in described.groups}
-    gradients: dict[str, list[Tensor]] = {name: [] for name in described.linears()}
+    layer: nn.Module, seen: _Seen, states: Tensor, gradient: Tensor, kwargs: dict[str, Any], profiling: Profiling
+) -> Tensor:
+    """Batch by batch forward and backward through the layer, into `seen`; the gradient of the layer's own input."""
+    names = seen.described.linears()
+    firsts = {group[0] for group in seen.described.groups}
+    inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     earlier = []
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         outputs[name] = y
-        if name in inputs:
-            inputs[name].append(x.detach().flatten(0, -2))
+        if name in firsts:
+            inputs[name] = x.detach()
 
-    with watching(layer, gradients, see):
-        for hidden, incoming in zip(states, gradient, strict=True):
-            hidden = hidden[None].to(device).requires_grad_(True)
+    with watching(layer, names, see):
+        for part, incoming in zip(states.split(profiling.batch), gradient.split(profiling.batch), strict=True):
+            hidden = part.to(profiling.device).requires_grad_(True)
             output = run_layer(layer, hidden, kwargs)
-            wanted = [hidden, *(outputs[name] for name in gradients)]
-            found = torch.autograd.grad(output, wanted, incoming[None].to(device))
-            earlier.append(found[0].cpu())
-            for name, values in zip(gradients, found[1:], strict=True):
-                gradients[name].append(values.flatten(0, -2))
-    join = torch.cat
-    return {n: join(x) for n, x in inputs.items()}, {n: join(g) for n, g in gradients.items()}, join(earlier)
+            wanted = [hidden, *(outputs[name] for name in names)]
+            found = torch.autograd.grad(output, wanted, incoming.to(profiling.device))
+            earlier.append(found[0].to(states.device))
+            seen.add(inputs, dict(zip(names, found[1:], strict=True)))
+    return torch.cat(earlier)
 
 
-def _sensitivities(layer, described: DecoderLayer, inputs, gradients, shrinkages: tuple[float | None, ...]):
-    for group in described.groups:
-        x = inputs[group[0]]
-        gram = add_product(None, x, x)
+def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[float | None, ...]):
+    for group in seen.described.groups:
         for name in group:
-            full_name = f"{described.name}.{name}"
-            weight = layer.get_submodule(name).weight.detach()
-            output_gram = add_product(None, gradients[name], gradients[name])
+            full_name = f"{seen.described.name}.{name}"
+            inputs, gradients = seen.sample(name)
+            output_gram = seen.output_grams[name]
             curves = []
             for shrinkage in shrinkages:
                 weighting = None if shrinkage is None else output_weighting(output_gram, shrinkage, full_name)
-                curves.append(loss_curve(weight, gram, x, gradients[name], weighting, full_name))
+                gram = seen.input_grams[group[0]]
+                curves.append(loss_curve(weights[name], gram, inputs, gradients, weighting, full_name))
             yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())

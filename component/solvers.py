@@ -6,22 +6,29 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from component.moments import Moments
-from component.reconstruction import alternating_factors, exact_factors, target_moment
+from component.reconstruction import EXACT_DAMPING, alternating_factors, exact_factors, target_moment
 from component.whitening import plain_factors, whitened_factors
 
 PRUNERS = ("svd-llm", "svd")
 EXACT = None  # --reconstruct_step left out
+PLAIN = {"drift_factor": 0.0, "output_shrinkage": 1.0, "token_power": 0.0}  # the papers' methods have none of these
+TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of exact M, chosen on held-out text
 
 
 @dataclass(frozen=True)
 class Solver:
-    """solve(weight, moments, rank, name) -> u, v in float64, and which moments it reads."""
+    """solve(weight, moments, rank, name) -> u, v in float64, and which moments it reads.
+
+    token_weights: name -> (windows, length), how much each token counts in the two-flow moments of a group of linears,
+    named by its first; None where all count the same.
+    """
 
     solve: Callable[[Tensor, Moments, int, str], tuple[Tensor, Tensor]]
     needs_dense_gram: bool = False
     needs_gram: bool = False
     needs_cross: bool = False
     needs_drift: bool = False
+    token_weights: Callable[[str], Tensor] | None = None
 
     @property
     def needs_low_rank_flow(self) -> bool:
@@ -38,11 +45,14 @@ def make_solver(
     step: int | None,
     mix_ratio: float,
     drift_ratio: float = 0.0,
+    ridge: float = EXACT_DAMPING,
     weighting: Callable[[str], Tensor] | None = None,
+    token_weights: Callable[[str], Tensor] | None = None,
 ) -> Solver:
     """prune: one of PRUNERS gives the factors; step: None exact M, 0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
 
-    drift_ratio: rho; weighting: module name -> L_g, on any device, for the exact solver only.
+    drift_ratio: rho; ridge: mu of the exact solver; weighting: module name -> L_g, on any device, for the exact solver
+    only; token_weights: see Solver.
     """
 
     def target_of(weight: Tensor, moments: Moments) -> Tensor:
@@ -52,7 +62,7 @@ def make_solver(
     def exact(weight: Tensor, moments: Moments, rank: int, name: str):
         assert moments.gram is not None
         left = None if weighting is None else weighting(name).to(weight.device)
-        return exact_factors(weight, target_of(weight, moments), moments.gram, rank, weighting=left, what=name)
+        return exact_factors(weight, target_of(weight, moments), moments.gram, rank, ridge, left, name)
 
     def start(weight: Tensor, moments: Moments, rank: int, name: str):
         if prune == "svd":
@@ -68,7 +78,11 @@ def make_solver(
     whitened = prune == "svd-llm"
     if step == 0:
         return Solver(start, needs_dense_gram=whitened)
-    flows = {"needs_gram": True, "needs_cross": mix_ratio > 0, "needs_drift": drift_ratio > 0}
-    if step is EXACT:
-        return Solver(exact, **flows)
-    return Solver(alternating, needs_dense_gram=whitened, **flows)
+    return Solver(
+        exact if step is EXACT else alternating,
+        needs_dense_gram=whitened and step is not EXACT,
+        needs_gram=True,
+        needs_cross=mix_ratio > 0,
+        needs_drift=drift_ratio > 0,
+        token_weights=token_weights,
+    )

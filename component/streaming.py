@@ -1,7 +1,9 @@
 """The one driver: walks the decoder layers with a dense and a low-rank data flow, a layer on the device at a time."""
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,28 @@ from transformers import PreTrainedModel
 
 from component.budget import Plan
 from component.linear import LowRankLinear
+from component.lockstep import Stop, lockstep
 from component.moments import Moments, add_product, full_precision
+from component.refinement import refine_layer
 from component.solvers import Solver
 from utils.errors import RunError
-from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer, watching
+from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer
+from utils.placement import home
 
-STATES_SHARE = 0.25  # of the card's free memory
+log = logging.getLogger("pifa")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Tuning of each solved layer by gradient, towards drift_ratio of the dense flow's output.
+
+    The rest, 1 - drift_ratio, is what the original layer makes of the low-rank flow. steps: of the optimiser, per
+    layer; seed: of its draws of windows.
+    """
+
+    steps: int
+    drift_ratio: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -49,18 +67,20 @@ def compress_layers(
     device: torch.device,
     dtype: torch.dtype,
     finished: Callable[[int, nn.Module], bool] = lambda index, layer: False,
+    refinement: Refinement | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Yield (index, layer) for every decoder layer, its linears replaced by low-rank ones at the ranks of `plan`.
 
     The model stays as it was, on the CPU. Groups are solved in call order, each seeing what the ones before it
     became. `finished(index, layer)` may fill a layer, a copy of the dense one, from an earlier run and return True:
-    it is then not solved again, and the flows go through it. dtype: of the new layers' weights.
+    it is then not solved again, and the flows go through it. dtype: of the new layers' weights. refinement: of solved
+    layers, where both flows run.
 
     Raises: RunError naming the module where a moment or a factor is not finite.
     """
     layers = [model.get_submodule(layer.name) for layer in described]
     dense_states, keywords = layer_inputs(model, flows.needed_by(solver))
-    dense_states = dense_states.to(_home(dense_states, device))
+    dense_states = dense_states.to(home(2 * dense_states.nbytes, device))
     # the first layer sees the same input in both flows
     low_rank_states = dense_states.clone() if solver.needs_low_rank_flow else None
 
@@ -68,127 +88,107 @@ def compress_layers(
         dense = layer.to(device)
         small = copy.deepcopy(dense)
         kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
+        ranks = {name: plan[f"{names.name}.{name}"] for name in names.linears()}
         with torch.no_grad(), full_precision():
-            done = finished(index, small)
-            alone = low_rank_states is None  # the dense flow then goes on while it is measured
-            grams = {}
-            if solver.needs_dense_gram and (alone or not done):
-                grams = dense_grams(dense, names, flows, dense_states, kwargs, goes_on=alone)
-            if not done:
-                for group in names.groups:
-                    ranks = {name: plan[f"{names.name}.{name}"] for name in group}
-                    if all(rank is None for rank in ranks.values()):
-                        continue
-                    moments = Moments(dense_gram=grams.get(group))
-                    if low_rank_states is not None:
-                        flow_states = (dense_states, low_rank_states)
-                        collect(moments, dense, small, names, group, solver, flows, flow_states, kwargs)
-                    for name, rank in ranks.items():
-                        if rank is not None:
-                            _replace(small, name, rank, solver, moments, f"{names.name}.{name}", dtype)
-            if low_rank_states is not None and index + 1 < len(layers):
+            if not finished(index, small):
+                before = None if refinement is None or low_rank_states is None else low_rank_states.clone()
+                _solve_layer(dense, small, names, ranks, solver, flows, (dense_states, low_rank_states), kwargs, dtype)
+                if refinement and low_rank_states is not None and before is not None:
+                    low_rank_states.copy_(before)
+                    _refine(dense, small, refinement, (dense_states, low_rank_states), kwargs, flows.batch, names.name)
+            elif index + 1 < len(layers):
                 advance(dense, dense_states, kwargs, flows.batch)
-                advance(small, low_rank_states, kwargs, flows.batch)
+                if low_rank_states is not None:
+                    advance(small, low_rank_states, kwargs, flows.batch)
         layer.to("cpu")
         yield index, small
 
 
-def _home(states: Tensor, device: torch.device) -> torch.device:
-    """Where hidden states live: on the card while both flows take less than a quarter of what is free there."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if 2 * states.numel() * states.element_size() < STATES_SHARE * free else torch.device("cpu")
-
-
-def dense_grams(
-    layer: nn.Module, described: DecoderLayer, flows: Flows, states: Tensor, kwargs: dict[str, Any], goes_on: bool
-) -> dict[tuple[str, ...], Tensor]:
-    """The dense flow's Gram matrix of every group, in one pass: nothing in this flow waits for a solve.
-
-    goes_on: also replace the hidden states by the layer's outputs.
-    """
-    grams: dict[tuple[str, ...], Tensor] = {}
-    device = next(layer.parameters()).device
-    group_of = {group[0]: group for group in described.groups}
-
-    def see(first: str, x: Tensor, _y: Tensor) -> None:
-        grams[group_of[first]] = add_product(grams.get(group_of[first]), x, x)
-
-    with watching(layer, group_of, see):
-        for batch in states[: flows.whitening].split(flows.batch):
-            output = run_layer(layer, batch.to(device), kwargs)
-            if goes_on:
-                batch.copy_(output)
-    return grams
-
-
-def collect(
-    moments: Moments,
+def _solve_layer(
     dense: nn.Module,
     small: nn.Module,
     described: DecoderLayer,
-    group: tuple[str, ...],
+    ranks: Mapping[str, int | None],
     solver: Solver,
     flows: Flows,
+    states: tuple[Tensor, Tensor | None],
+    kwargs: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    """Replace the linears of `small`, a copy of `dense`, and the hidden states of both flows by the layers' outputs."""
+    groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
+    stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
+    batches = [[] if flow is None else list(flow.split(flows.batch)) for flow in states]
+    with lockstep(dense, stops, batches[0], kwargs) as dense_flow, lockstep(small, stops, batches[1], kwargs) as flow:
+        for group in groups:
+            moments = Moments()
+            weights = solver.token_weights(f"{described.name}.{group[0]}") if solver.token_weights else None
+            low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None)
+            start = 0
+            for dense_stop, stop in zip(dense_flow.at(group[0]), low_rank, strict=False):
+                add_moments(moments, dense_stop, stop, solver, flows, weights, start)
+                start += dense_stop.windows
+            for name in group:
+                rank = ranks[name]
+                if rank is not None:
+                    _replace(small, name, rank, solver, moments, f"{described.name}.{name}", dtype)
+        for passes, parts in zip((dense_flow, flow), batches, strict=True):
+            for part, output in zip(parts, passes.outputs(), strict=True):
+                part.copy_(output)
+
+
+def _refine(
+    dense: nn.Module,
+    small: nn.Module,
+    refinement: Refinement,
     states: tuple[Tensor, Tensor],
     kwargs: dict[str, Any],
+    batch: int,
+    name: str,
 ) -> None:
-    """Accumulate the two-flow moments of one group, batch by batch. states: of the dense and the low-rank flow."""
-    device = next(dense.parameters()).device
-    later = described.from_group(group)
-    stream = described.residuals.get(group[0]) if solver.needs_drift else None
-
-    def inputs(layer: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        return watched_input(layer, later, stream, batch.to(device), kwargs)
-
-    batches = [flow[: flows.reconstruction].split(flows.batch) for flow in states]
-    for dense_batch, low_rank_batch in zip(*batches, strict=True):
-        x_low_rank, h_low_rank = inputs(small, low_rank_batch)
-        moments.gram = add_product(moments.gram, x_low_rank, x_low_rank)
-        if solver.needs_cross or stream is not None:
-            x_dense, h_dense = inputs(dense, dense_batch)
-            if solver.needs_cross:
-                moments.cross = add_product(moments.cross, x_dense, x_low_rank)
-            if h_dense is not None and h_low_rank is not None:
-                moments.drift = add_product(moments.drift, h_dense - h_low_rank, x_low_rank)
+    """states: the dense flow behind the layer, the low-rank flow before it; the latter is then led through it."""
+    behind, low_rank = states
+    targets = low_rank.clone()
+    advance(dense, targets, kwargs, batch)
+    targets.lerp_(behind, refinement.drift_ratio)
+    losses = refine_layer(small, low_rank, targets, kwargs, refinement.steps, batch, seed=refinement.seed, name=name)
+    log.info("%s refined: relative error %.4g -> %.4g", name, *losses)
+    advance(small, low_rank, kwargs, batch)
 
 
-def watched_input(
-    layer: nn.Module, linears: list[str], stream: str | None, hidden: Tensor, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """The tensor that the first of `linears` receives when the layer runs on `hidden`, and the residual stream.
+def add_moments(
+    moments: Moments,
+    dense: Stop,
+    low_rank: Stop | None,
+    solver: Solver,
+    flows: Flows,
+    weights: Tensor | None,
+    start: int,
+) -> None:
+    """Add one batch, whose first window is number `start`, to the moments of the linear where its passes wait.
 
-    linears: it and all that are called after it. Their outputs can't reach its input, so zeros take their place:
-    most of a layer's arithmetic is in them. stream: the submodule whose input is the stream, "" for the layer's own
-    input, None where the stream is not wanted.
+    weights: of the tokens in the two-flow moments, (windows, length), or None.
     """
-    seen: list[Tensor] = []
-    streams: list[Tensor] = [hidden] if stream == "" else []
 
-    def skipped(module: nn.Linear, watched: bool) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            if watched:
-                seen.append(x)
-            return x.new_zeros(*x.shape[:-1], module.out_features)
+    def rows(x: Tensor, limit: int) -> Tensor:
+        """The windows that count, (windows, length, d): some families flatten windows and length for a while."""
+        return x.reshape(dense.windows, -1, x.shape[-1])[: max(limit - start, 0)]
 
-        return forward
-
-    modules = [layer.get_submodule(name) for name in linears]
-    for module in modules:
-        module.forward = skipped(module, module is modules[0])  # type: ignore[method-assign, assignment, arg-type]
-    handle = None
-    if stream:
-        handle = layer.get_submodule(stream).register_forward_pre_hook(lambda _module, args: streams.append(args[0]))
-    try:
-        run_layer(layer, hidden, kwargs)
-    finally:
-        for module in modules:
-            del module.forward
-        if handle is not None:
-            handle.remove()
-    x = seen[0] if len(seen) == 1 else torch.cat([x.flatten(0, -2) for x in seen])
-    return x, (streams[0] if streams else None)
+    if solver.needs_dense_gram and start < flows.whitening:
+        x = rows(dense.x, flows.whitening)
+        moments.dense_gram = add_product(moments.dense_gram, x, x)
+    if low_rank is None or start >= flows.reconstruction:
+        return
+    x_low_rank = weighted = rows(low_rank.x, flows.reconstruction)
+    if weights is not None:
+        part = weights[start : start + len(x_low_rank)]
+        weighted = x_low_rank * part[..., None].to(x_low_rank.device, x_low_rank.dtype)
+    moments.gram = add_product(moments.gram, x_low_rank, weighted)
+    if solver.needs_cross:
+        moments.cross = add_product(moments.cross, rows(dense.x, flows.reconstruction), weighted)
+    if dense.stream is not None and low_rank.stream is not None:
+        drift = rows(dense.stream - low_rank.stream, flows.reconstruction)
+        moments.drift = add_product(moments.drift, drift, weighted)
 
 
 def _replace(layer: nn.Module, name: str, rank: int, solver: Solver, moments: Moments, what: str, dtype) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from component.moments import full_precision
+from component.solvers import EXACT
 from component.streaming import advance
 from utils.errors import RunError
 from utils.layers import layer_inputs, logits_from, map_tensors, rest_on
+from utils.placement import home
 
 log = logging.getLogger("pifa")
 
@@ -27,9 +29,10 @@ ATTENTION_STEP = 0.1  # the MPIFA of the paper keeps less of attention by this w
 # what --tune tries of each constant; where the flags ask for one of the values, it is the start and not tried twice
 VALUES: dict[str, tuple[float | None, ...]] = {
     "old_output_factor": (0.5, 0.125, 0.25),
-    "drift_factor": (0.25, 0.5, 0.0),
-    "output_shrinkage": (0.3, 0.6, None),
-    "rank_floor": (0.5, 0.15, 0.3),
+    "drift_factor": (0.75, 0.25, 0.5),
+    "output_shrinkage": (0.3, 0.03, 0.1),
+    "token_power": (0.25, 0.75, 0.5),
+    "rank_floor": (0.15, 0.5, 0.3),
 }
 
 
@@ -40,15 +43,21 @@ class Recipe:
     old_output_factor: float
     drift_factor: float
     output_shrinkage: float | None
+    token_power: float
     rank_floor: float
     attention_density: float | None = None
 
 
 def tunable(options: Namespace) -> list[str]:
     """The constants that make a difference with these flags."""
-    names = ["old_output_factor", "drift_factor"] if options.reconstruct_step != 0 else []
-    names += ["output_shrinkage"] if options.reconstruct_step is None else []
-    return names + ["rank_floor"] * (options.allocation == "kl")
+    without = set()
+    if options.reconstruct_step == 0:
+        without |= {"old_output_factor", "drift_factor", "token_power"}
+    if options.reconstruct_step is not EXACT:
+        without.add("output_shrinkage")
+    if options.allocation != "kl":
+        without.add("rank_floor")
+    return [name for name in VALUES if name not in without]
 
 
 def searches_attention(options: Namespace) -> bool:
@@ -90,21 +99,22 @@ def choose(
 
 
 @torch.no_grad()
-def held_out_perplexity(
+def window_losses(
     model: PreTrainedModel,
     layers: Iterable[tuple[int, nn.Module]],
     windows: Tensor,
     device: torch.device,
     batch: int = 1,
-) -> float:
-    """Perplexity on the windows of the model with these decoder layers in place of its own.
+) -> Tensor:
+    """Mean negative log-likelihood of every window, (count,) float64, with these layers in place of the model's own.
 
     layers: (index, layer on the device) in order, as compress_layers yields them; only one is held at a time.
     windows: (count, length) int64; batch: how many go through a layer at once. Norm and head run in float32.
 
-    Raises: RunError where it is not finite.
+    Raises: RunError where one is not finite.
     """
     states, keywords = layer_inputs(model, windows)
+    states = states.to(home(states.nbytes, device))
     for index, layer in layers:
         with full_precision():
             advance(layer, states, map_tensors(keywords[index], lambda tensor: tensor.to(device)), batch)
@@ -112,8 +122,19 @@ def held_out_perplexity(
     with rest_on(model, device), full_precision():
         for window, hidden in zip(windows.to(device), states, strict=True):
             scores = logits_from(model, window[None], hidden[None].to(device, torch.float32))[0]
-            losses.append(F.cross_entropy(scores[:-1].float(), window[1:]).item())
-    perplexity = torch.tensor(losses, dtype=torch.float64).mean().exp().item()
-    if not perplexity < float("inf"):
-        raise RunError("the loss on the held-out windows is not finite")
-    return perplexity
+            losses.append(F.cross_entropy(scores[:-1].float(), window[1:]).double())
+    found = torch.stack(losses).cpu()
+    if not torch.isfinite(found).all():
+        raise RunError("the loss on held-out windows is not finite")
+    return found
+
+
+def held_out_perplexity(
+    model: PreTrainedModel,
+    layers: Iterable[tuple[int, nn.Module]],
+    windows: Tensor,
+    device: torch.device,
+    batch: int = 1,
+) -> float:
+    """Perplexity on the windows: see window_losses."""
+    return window_losses(model, layers, windows, device, batch).mean().exp().item()

@@ -99,7 +99,8 @@ def test_help_tells_every_flag(capsys):
     flags = """mode model model_path save_path prefix resume overall_ratio density attn_ratio allocation use_pifa prune
         reconstruct_step old_output_factor pruning_nsamples reconstruct_nsamples seed dataset model_seq_len
         eval_batch_size eval_nsamples DEV dtype rank_multiple heldout_nsamples tune drift_factor output_shrinkage
-        profile_nsamples profiling_mat_path owl prompt max_new_tokens"""
+        profile_nsamples profiling_mat_path owl prompt max_new_tokens token_power ridge passes refine_steps fold
+        bench_what bench_dims bench_tokens bench_seconds"""
     assert [flag for flag in flags.split() if f"--{flag} " not in text and f"--{flag}," not in text] == []
 
 
@@ -107,7 +108,7 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
     command = [sys.executable, REPOSITORY / "PIFA.py", "--mode", "compress"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == ["PIFA.py: unknown --mode compress: use one of m, pifa, ppl, generate"]
+    assert result.stderr.splitlines() == ["PIFA.py: unknown --mode compress: use one of m, pifa, ppl, generate, bench"]
 
 
 def test_the_default_density_is_that_of_a_ratio_of_a_fifth(arguments, tmp_path, good):
@@ -126,7 +127,7 @@ def test_density_is_the_ratio_the_other_way_round(ratio, arguments, tmp_path, go
 def test_attn_ratio_selects_type(arguments, tmp_path, good):
     record = good(arguments("m", save_path=tmp_path, overall_ratio=0.4, attn_ratio=0.6))
     assert record["allocation"] == "type" and "_type_" in Path(record["path"]).name
-    uniform = good(arguments("m", save_path=tmp_path, overall_ratio=0.4))["ranks"]
+    uniform = good(arguments("m", save_path=tmp_path, overall_ratio=0.4, allocation="uniform"))["ranks"]
     smaller = [name for name, rank in record["ranks"].items() if rank < uniform[name]]
     assert sorted(smaller) == sorted(name for name in uniform if "self_attn" in name)
     assert 0.55 < record["density_pivoted"] <= 0.6

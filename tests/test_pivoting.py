@@ -1,5 +1,7 @@
 """component/pivoting.py: pivoting loses nothing, at the same rank or below it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from component.linear import PIFALinear
-from component.pivoting import LARGEST_COEFFICIENT, Pivots, pivot
+from component.pivoting import (
+    LARGEST_COEFFICIENT,
+    LARGEST_SHARED_COEFFICIENT,
+    Pivots,
+    coefficients_of,
+    common_rows,
+    exchange,
+    pivot,
+    pivot_together,
+)
 from tests.tiny import rand, relative
 from utils.errors import RunError
 
@@ -126,3 +137,85 @@ def test_the_layer_made_of_pivots_is_the_product():
     u, v, bias, x = rand(20, 6), rand(6, 15, seed=1), rand(20, seed=2), rand(4, 15, seed=3)
     layer = PIFALinear.from_pivots(*pivot(u, v), bias, torch.float64)
     assert relative(layer(x), x @ (u @ v).T + bias) < 1e-12
+
+
+# ---------------------------------------------------------------- several matrices, one perm
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 40), st.integers(1, 3), st.integers(0, 10**6), st.data())
+def test_pivots_chosen_together_reproduce_every_product(m, count, seed, data):
+    """At ranks of their own, whether or not there are good pivots in common."""
+    ranks = [data.draw(st.integers(1, m)) for _ in range(count)]
+    factors = [(rand(m, r, seed=seed + i), rand(r, m, seed=seed + 10 + i)) for i, r in enumerate(ranks)]
+    for (u, v), pivots in zip(factors, pivot_together(factors, [str(i) for i in range(count)]), strict=True):
+        assert pivots.pivot_rows.shape == (u.shape[1], m)
+        assert relative(assembled(pivots), u @ v) < 1e-10
+
+
+@pytest.mark.parametrize("ranks", [(20, 20), (12, 31), (31, 12), (12, 25, 40), (20, 60), (60, 60), (5,)])
+def test_pivots_chosen_together_share_one_order(ranks):
+    """[pivots of all | of the higher ranks only | others], each part sorted."""
+    m = 60
+    factors = [(rand(m, r, seed=i), rand(r, 70, seed=10 + i)) for i, r in enumerate(ranks)]
+    found = pivot_together(factors, [str(i) for i in range(len(ranks))])
+    order = found[0].perm.argsort()
+    for (u, v), rank, pivots in zip(factors, ranks, found, strict=True):
+        assert torch.equal(pivots.perm, found[0].perm)
+        torch.testing.assert_close(pivots.pivot_rows, (u @ v)[order[:rank]])
+        assert pivots.coefficients.numel() == 0 or pivots.coefficients.abs().max() <= LARGEST_SHARED_COEFFICIENT
+    edges = sorted({0, *ranks, m})
+    for start, stop in pairwise(edges):
+        assert torch.equal(order[start:stop], order[start:stop].sort().values)
+
+
+@pytest.mark.parametrize("ranks", [(20, 20), (12, 31)])
+def test_no_swap_is_left_that_would_raise_the_product_of_the_determinants(ranks):
+    m = 60
+    factors = [(rand(m, r, seed=i), rand(r, 70, seed=10 + i)) for i, r in enumerate(ranks)]
+    order = pivot_together(factors, ["a", "b"])[0].perm.argsort()
+
+    def volume(rows: Tensor) -> float:
+        return sum(torch.linalg.slogdet(u[rows[: u.shape[1]]]).logabsdet.item() for u, _ in factors)
+
+    best = volume(order)
+    for low in range(max(ranks)):
+        for high in range(low + 1, m):
+            swapped = order.clone()
+            swapped[[low, high]] = order[[high, low]]
+            assert volume(swapped) <= best + torch.tensor(LARGEST_COEFFICIENT).log().item() + 1e-9
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 3), (2, 9), (0, 11), (6, 10)])  # pivots, one of each, others
+def test_an_exchange_of_rows_is_that_of_the_coefficients(low, high):
+    u, rows = rand(12, 5), torch.arange(12)
+    coefficients = coefficients_of(u, rows)
+    exchange(coefficients, low, high)
+    rows[[low, high]] = rows[[high, low]]
+    torch.testing.assert_close(coefficients, coefficients_of(u, rows))
+
+
+def test_a_row_that_is_good_for_all_is_chosen_before_the_best_of_each():
+    columns = torch.tensor([[3.0, 0.1], [2.0, 2.0], [0.1, 3.0], [1.0, 1.0]], dtype=torch.float64)
+    assert common_rows([columns[:, :1], columns[:, 1:]])[0] == 1
+
+
+def test_matrices_without_pivots_in_common_get_their_own(caplog):
+    u = rand(40, 8)
+    first, second = (torch.cat([u, 0 * u]), rand(8, 9, seed=1)), (torch.cat([0 * u, u]), rand(8, 9, seed=2))
+    found = pivot_together([first, second], ["gate", "up"])
+    assert "gate and up: no good pivots in common" in caplog.text
+    for (u, v), pivots in zip((first, second), found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pivots, pivot(u, v), strict=True))
+
+
+def test_a_matrix_that_is_not_finite_is_named():
+    bad = rand(6, 3)
+    bad[2, 1] = torch.nan
+    with pytest.raises(RunError, match="up"):
+        pivot_together([(rand(6, 3), rand(3, 5)), (bad, rand(3, 5))], ["gate", "up"])
+
+
+def test_together_alone_is_pivot():
+    u, v = rand(30, 8), rand(8, 20, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(pivot_together([(u, v)], ["a"])[0], pivot(u, v), strict=True))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from component.linear import LowRankLinear
+from component.lockstep import lockstep
 from component.moments import Moments
 from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE
 from component.solvers import PRUNERS, default_step, make_solver
-from component.streaming import Flows, collect, compress_layers, watched_input
+from component.streaming import Flows, add_moments, compress_layers
 from component.whitening import WHITENING_DAMPING
 from tests import tiny
 from utils.errors import RunError
@@ -182,24 +183,6 @@ def test_default_steps():
     assert {prune: default_step(prune) for prune in PRUNERS} == {"svd-llm": None, "svd": 0}
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_skipping_later_linears_does_not_change_a_groups_input(family):
-    model = tiny.build(family)
-    hidden, keywords = layer_inputs(model, WINDOWS[:2])
-    for index, described in enumerate(describe_layers(model)):
-        layer, seen = model.get_submodule(described.name), {}
-        for group in described.groups:
-            handle = layer.get_submodule(group[0]).register_forward_pre_hook(
-                lambda _module, args, seen=seen, first=group[0]: seen.update({first: args[0]})
-            )
-            with torch.no_grad():
-                layer(hidden, **keywords[index])
-                handle.remove()
-                found, _ = watched_input(layer, described.from_group(group), None, hidden, keywords[index])
-            assert torch.equal(found, seen[group[0]])
-        assert len(seen) == len(described.groups)
-
-
 @pytest.mark.parametrize("method", ["exact", "W", "W+M"])
 @pytest.mark.parametrize("trouble", ["1 token", "dead channels"])
 def test_poor_data_gives_finite_layers(trouble, method):
@@ -282,8 +265,15 @@ def test_drift_is_that_of_the_stream_that_the_module_writes_into(family):
         _, keywords = layer_inputs(model, WINDOWS)
         flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
         solver = make_solver("svd-llm", None, MIX_RATIO, drift_ratio=0.3)
-        with torch.no_grad():
-            collect(moments, *layers, second, group, solver, flows, states, keywords[1])
+        stops = {group[0]: stream}
+        flow_of = [
+            lockstep(layer, stops, state.split(4), keywords[1]) for layer, state in zip(layers, states, strict=True)
+        ]
+        with flow_of[0] as dense_flow, flow_of[1] as low_rank_flow:
+            start = 0
+            for pair in zip(dense_flow.at(group[0]), low_rank_flow.at(group[0]), strict=True):
+                add_moments(moments, *pair, solver, flows, None, start)
+                start += pair[0].windows
         assert tiny.relative(moments.drift, (h_dense - h_small) @ x_small.T) < 1e-5
         assert tiny.relative(moments.cross, x_dense @ x_small.T) < 1e-5
 

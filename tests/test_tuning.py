@@ -23,7 +23,7 @@ from utils.layers import decoder_layers, describe_layers
 
 CPU = torch.device("cpu")
 WINDOWS = tiny.token_windows(5, 24)
-START = Recipe(0.25, 0.0, None, RANK_FLOOR)
+START = Recipe(0.25, 0.5, 0.1, 0.5, RANK_FLOOR)
 NAMES = list(VALUES)
 
 
@@ -76,9 +76,9 @@ def test_candidates_are_the_start_then_single_changes_then_pairs():
     everything = candidates(START, NAMES, 10**6)
     counts = [len(changed(recipe)) for recipe in everything]
     assert counts == sorted(counts) and set(counts) == {0, 1, 2}
-    assert counts.count(0) == 1 and counts.count(1) == 8
-    assert len(set(everything)) == len(everything) == 1 + 8 + 6 * 4
-    assert [changed(recipe) for recipe in everything[1:5]] == [{name} for name in NAMES]
+    assert counts.count(0) == 1 and counts.count(1) == 10
+    assert len(set(everything)) == len(everything) == 1 + 10 + 10 * 4
+    assert [changed(recipe) for recipe in everything[1:6]] == [{name} for name in NAMES]
     for count in (1, 3, 12):
         assert candidates(START, NAMES, count) == everything[:count]
 
@@ -92,8 +92,8 @@ def test_only_named_constants_change():
     ("step", "allocation", "names"),
     [
         (None, "kl", NAMES),
-        (None, "uniform", NAMES[:3]),
-        (2, "kl", [*NAMES[:2], "rank_floor"]),
+        (None, "uniform", NAMES[:4]),
+        (2, "kl", [*NAMES[:2], "token_power", "rank_floor"]),
         (0, "kl", ["rank_floor"]),
         (0, "type", []),
     ],
@@ -125,7 +125,7 @@ def test_of_equals_the_first_is_taken_and_nothing_is_judged_where_nothing_is_ope
 
 # ---------------------------------------------------------------- through the front door
 
-TUNED = {"density": 0.5, "tune": 5, "allocation": "kl", "profile_nsamples": 2}
+TUNED = {"density": 0.5, "tune": 6, "allocation": "kl", "profile_nsamples": 2}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def tuned_run(arguments, tmp_path_factory):
 def test_the_record_lists_the_candidates_and_names_the_best(tuned_run):
     entries = tuned_run["tuned"]
     assert [{name: entry[name] for name in NAMES} for entry in entries] == [
-        {name: getattr(recipe, name) for name in NAMES} for recipe in candidates(START, NAMES, 5)
+        {name: getattr(recipe, name) for name in NAMES} for recipe in candidates(START, NAMES, 6)
     ]
     best = min(entries, key=lambda entry: entry["heldout_ppl"])
     assert {name: tuned_run[name] for name in NAMES} == {name: best[name] for name in NAMES}
@@ -196,7 +196,7 @@ def test_an_attention_density_that_no_mlp_balances_is_not_tried(arguments, tmp_p
     [
         ({"tune": 2, "heldout_nsamples": 0}, "choose on held-out windows, and there are none"),
         ({"allocation": "type", "heldout_nsamples": 0}, "choose on held-out windows, and there are none"),
-        ({"tune": 2, "reconstruct_step": 0}, "--tune has nothing to choose"),
+        ({"tune": 2, "reconstruct_step": 0, "allocation": "uniform"}, "--tune has nothing to choose"),
         ({"tune": -1}, "--tune -1 is below 0"),
     ],
 )

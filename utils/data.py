@@ -21,7 +21,7 @@ NAMED = ("wikitext2", "ptb", "c4", "pydoc")
 DEFAULT = "wikitext2"
 OFFLINE_DEFAULT = "pydoc"
 PYDOC_EVALUATION_SHARE = 0.1
-HELD_OUT_SHARE = 10  # at most one token in so many is held out
+HELD_OUT_SHARE = 5
 C4_ROWS = {"train": 20_000, "validation": 1_100}  # the papers use a sample of C4, not its 300 GB
 
 
@@ -198,12 +198,12 @@ def tokenize(tokenizer, text: str) -> Tensor:
 def hold_out(tokens: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
     """Cut the last `count` windows off a text: the tokens before them, and the windows, (count, length).
 
-    No more than a tenth of the text goes, in whole windows; where that is less than asked, it is said.
+    No more than a fifth of the text goes, in whole windows; where that is less than asked, it is said.
     """
     kept = min(count, len(tokens) // HELD_OUT_SHARE // length)
     if kept < count:
         log.warning(
-            "%d windows of %d are more than a tenth of the text's %d tokens: held out are the last %d",
+            "%d windows of %d are more than a fifth of the text's %d tokens: held out are the last %d",
             count, length, len(tokens), kept,
         )  # fmt: skip
     cut = len(tokens) - kept * length

@@ -23,12 +23,15 @@ class Stopwatch:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 3)
+
     def readings(self) -> dict[str, float]:
         """seconds, peak_memory_gib (of the device: on CPU of the process), peak_host_memory_gib."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
         peak = torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else host
         return {
-            "seconds": round(time.perf_counter() - self.began, 3),
+            "seconds": self.seconds(),
             "peak_memory_gib": round(peak, 3),
             "peak_host_memory_gib": round(host, 3),
         }

@@ -20,12 +20,15 @@ from utils import models
 from utils.errors import RunError, UsageError
 from utils.report import markdown_table
 
+PUBLISHED = ["--allocation", "uniform"]
 METHODS = {
-    "plain SVD": ["--prune", "svd", "--no-use_pifa"],
-    "SVD-LLM": ["--no-use_pifa", "--reconstruct_step", "0"],
-    "MPIFA, low-rank": [],
+    "plain SVD": ["--prune", "svd", "--no-use_pifa", *PUBLISHED],
+    "SVD-LLM": ["--reconstruct_step", "0", "--no-use_pifa", *PUBLISHED],
+    "MPIFA, the paper's": ["--reconstruct_step", "2", *PUBLISHED],
+    "default, low-rank": [],
 }
-PIVOTED = "MPIFA, pivoted"
+PIVOTED = {"MPIFA, the paper's": "MPIFA, the paper's", "default, low-rank": "default, pivoted"}  # row -> pivoted row
+LAST = "default, pivoted"
 PROMPT = "An import statement in Python"
 
 
@@ -52,12 +55,12 @@ def show(density: str, windows: str, save_path: str) -> None:
     for method, flags in METHODS.items():
         print(f"{method} at density {density}", file=sys.stderr)
         records[method] = PIFA.run(["--mode", "m", *model, "--dataset", "pydoc", "--density", density, *flags, *place])
-    last = records["MPIFA, low-rank"]
-    print(PIVOTED, file=sys.stderr)
-    records[PIVOTED] = PIFA.run(["--mode", "pifa", "--model_path", last["path"], *place])
+    for method, row in PIVOTED.items():
+        print(f"{row}, pivoting", file=sys.stderr)
+        records[row] = PIFA.run(["--mode", "pifa", "--model_path", records[method]["path"], *place])
 
     paths = {"dense": "original"} | {method: record["path"] for method, record in records.items()}
-    mib = {"dense": dense_mib(last)} | {method: record["linear_mib"] for method, record in records.items()}
+    mib = {"dense": dense_mib(records[LAST])} | {method: record["linear_mib"] for method, record in records.items()}
     rows = []
     for method, path in paths.items():
         judged = ["--mode", "ppl", *model, "--model_path", path, "--dataset", "pydoc", "--eval_nsamples", windows]
@@ -65,13 +68,13 @@ def show(density: str, windows: str, save_path: str) -> None:
         speed = round(result["tokens_per_second"])
         rows.append([method, f"{result['density']:.3f}", f"{mib[method]:.1f}", f"{result['ppl']:.5g}", speed])
     print(markdown_table(["method", "density", "MiB of decoder weights", "perplexity", "tokens/s"], rows))
-    for method in ("dense", PIVOTED):
+    for method in ("dense", LAST):
         print(f"\n{method}:")
         PIFA.run(["--mode", "generate", *model, "--model_path", paths[method], "--prompt", PROMPT])  # prints it
 
 
 def unpacked(name: str, save_path: Path) -> Path:
-    """The model as a float32 safetensors folder: it is loaded five times, and unpacking a GGUF file is slow."""
+    """The model as a float32 safetensors folder: every step loads it, and unpacking a GGUF file is slow."""
     folder = save_path / name
     if not folder.exists():
         source = models.find_source(name)

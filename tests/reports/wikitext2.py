@@ -15,7 +15,8 @@ from utils.report import markdown_table
 METHODS = {
     "W": ["--no-use_pifa", "--reconstruct_step", "0", "--allocation", "uniform"],
     "MPIFA, the paper's": ["--reconstruct_step", "2", "--allocation", "uniform"],
-    "MPIFA, exact M": ["--allocation", "uniform"],
+    # nothing but the solver differs from the row above
+    "MPIFA, exact M": ["--drift_factor", "0", "--output_shrinkage", "1", "--token_power", "0", "--allocation", "uniform"],
 }
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     length = ["--model_seq_len", options.model_seq_len, "--model", options.model]
     common = ["--dataset", options.calibration, "--save_path", options.save_path, "--resume", *length]
     common += ["--pruning_nsamples", options.nsamples, "--reconstruct_nsamples", options.nsamples]
+    common += ["--heldout_nsamples", "0"]  # nothing is chosen, and the published windows come from the whole text
 
     def ppl(path: str, *flags: str) -> float:
         return PIFA.run(["--mode", "ppl", "--model_path", path, "--dataset", options.test, *length, *flags])["ppl"]

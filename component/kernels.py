@@ -1,0 +1,225 @@
+"""The fast forward and backward of a pivoted layer: pure functions on tensors.
+
+Z = [Y_p | Y_np], with Y_p = X W_p^T and Y_np = Y_p C^T, is two matrix products into one buffer. To put its columns in
+order moves as many bytes as a small product does, so that is at most one gather, and none where the next operation can
+read Z itself. A few tokens are two kernels that stream the weights and write in order.
+
+To torch.compile the products are one operator, since `mm(out=slice)` breaks a graph; the gather is plain indexing,
+which it fuses into what comes next. Triton is imported at the first call that needs it.
+
+This file travels inside every checkpoint (see integration.py), so it imports nothing but torch and its neighbour.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_TOKENS = 16
+HALF = (torch.float16, torch.bfloat16)
+ALIGNED = 8  # numbers of 2 bytes: for other sizes cuBLAS falls back on kernels that take 7 times as long
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def pivoted_product(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Z = [Y_p | Y_np] in pivot order: (..., d_out), not always contiguous.
+
+    x: (..., d_in), pivot: (r, d_in), coeff: (d_out - r, r), bias: (d_out,) in pivot order or None. It is added to Z
+    after both products: before, Y_p + b would reach Y_np through C.
+    """
+    as_operator = torch.compiler.is_compiling() or _differentiated(x, pivot, coeff)
+    z = (torch.ops.pifa.product if as_operator else _product)(x, pivot, coeff)
+    return z if bias is None else z + bias
+
+
+def reorder(z: Tensor, perm: Tensor, residual: Tensor | None = None) -> Tensor:
+    """out[..., j] = (residual[..., j] +) z[..., perm[j]]: (..., d_out).
+
+    z: (..., d_out), perm: (d_out,), a permutation, int32 or int64, residual: broadcasts to z's shape, or None.
+    """
+    return _Reorder.apply(z, perm, residual) if _differentiated(z, residual) else _gather(z, perm, residual)
+
+
+def pifa_linear(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer in natural order: (..., d_out).
+
+    x: (..., d_in), pivot: (r, d_in), coeff: (d_out - r, r), perm: (d_out,), bias: (d_out,) in natural order or None.
+    """
+    if 0 < x.shape[:-1].numel() <= FEW_TOKENS:
+        if _runs_triton(x) and _streamable(x, pivot, coeff, bias) and not _differentiated(x, pivot, coeff, bias):
+            few = torch.ops.pifa.few_tokens if torch.compiler.is_compiling() else _few_tokens
+            return few(x, pivot, coeff, perm, bias)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # calls cost more than the copy that they spare
+            y_p = F.linear(x, pivot)
+            y = torch.cat([y_p, F.linear(y_p, coeff)], dim=-1).index_select(-1, perm)
+            return y if bias is None else y + bias
+    return reorder(pivoted_product(x, pivot, coeff), perm, bias)
+
+
+def inverse(perm: Tensor) -> Tensor:
+    """inverse[perm[j]] = j: (d_out,), in perm's dtype."""
+    order = torch.arange(len(perm), device=perm.device, dtype=perm.dtype)
+    return torch.empty_like(perm).scatter_(0, perm.long(), order)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return HAS_TRITON and x.device.type == "cuda"
+
+
+# ---------------------------------------------------------------- products
+
+
+class _Padding(NamedTuple):
+    """Zeros that put every row of the factors and of Z on a 16-byte boundary.
+
+    `left` zero rows above W_p make as many zero columns left of Y_p, which as many zero columns left of C leave out;
+    `right` zero rows below C end a row of Z. So Z stays one matrix: columns left .. left + d_out of its buffer.
+    """
+
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, x: Tensor, rank: int, others: int) -> "_Padding":
+        return cls(-rank % ALIGNED, -others % ALIGNED) if x.device.type == "cuda" and x.dtype in HALF else cls(0, 0)
+
+    def pivot(self, rows: Tensor) -> Tensor:
+        """(r, k) -> (left + r, k)"""
+        return F.pad(rows, (0, 0, self.left, 0)) if self.left else rows
+
+    def coeff(self, rows: Tensor) -> Tensor:
+        """(d_out - r, r) -> (d_out - r + right, left + r)"""
+        return F.pad(rows, (self.left, 0, 0, self.right)) if self.left or self.right else rows
+
+    def columns(self, z: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """(T, d_out) -> (T, left + r), (T, d_out - r + right)"""
+        y_p, y_np = z[:, :rank], z[:, rank:]
+        return (
+            F.pad(y_p, (self.left, 0)) if self.left else y_p,
+            F.pad(y_np, (0, self.right)) if self.right else y_np,
+        )
+
+
+def _unset(x: Tensor, rank: int, others: int) -> tuple[Tensor, Tensor, _Padding]:
+    """Z with nothing in it yet: (..., d_out), the matrix that it is a part of: (T, width), and the padding in that."""
+    padding = _Padding.of(x, rank, others)
+    tokens, width = x.shape[:-1].numel(), padding.left + rank + others + padding.right
+    # on a CPU single-precision products are faster with tokens running fastest, half-precision ones far slower
+    features_first = x.device.type == "cpu" and x.dtype not in HALF
+    whole = x.new_empty(width, tokens).t() if features_first else x.new_empty(tokens, width)
+    z = whole[:, padding.left : padding.left + rank + others]
+    return z.unflatten(0, x.shape[:-1]) if x.dim() > 1 else z[0], whole, padding
+
+
+def _product(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
+    z, whole, padding = _unset(x, pivot.shape[0], coeff.shape[0])
+    first = padding.left + pivot.shape[0]
+    torch.mm(x.reshape(-1, x.shape[-1]), padding.pivot(pivot).t(), out=whole[:, :first])
+    torch.mm(whole[:, :first], padding.coeff(coeff).t(), out=whole[:, first:])
+    return z
+
+
+def _product_fake(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
+    return _unset(x, pivot.shape[0], coeff.shape[0])[0]
+
+
+def _product_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _product_backward(ctx, dz: Tensor):
+    """dX = (dY_p + dY_np C) W_p, dW_p = (dY_p + dY_np C)^T X, dC = dY_np^T Y_p; only what is needed."""
+    x, pivot, coeff, z = ctx.saved_tensors
+    need_x, need_pivot, need_coeff = ctx.needs_input_grad
+    rank, others = pivot.shape[0], coeff.shape[0]
+    padding = _Padding.of(x, rank, others)
+    rows, dz, z = (t.reshape(-1, t.shape[-1]) for t in (x, dz, z))
+    d_p, d_np = padding.columns(dz, rank)
+    dx = d_pivot = d_coeff = None
+    if need_x or need_pivot:
+        d_all = torch.addmm(d_p, d_np, padding.coeff(coeff))
+        dx = (d_all @ padding.pivot(pivot)).view(x.shape) if need_x else None
+        d_pivot = (d_all.t() @ rows)[padding.left :] if need_pivot else None
+    if need_coeff:
+        d_coeff = (d_np.t() @ padding.columns(z, rank)[0])[:others, padding.left :]
+    return dx, d_pivot, d_coeff
+
+
+# ---------------------------------------------------------------- order
+
+
+class _Reorder(torch.autograd.Function):
+    """Its gradient is the gather by the inverse permutation, where that of indexing would be a sum by atomics."""
+
+    @staticmethod
+    def forward(z, perm, residual):
+        return _gather(z, perm, residual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, perm, residual = inputs
+        ctx.save_for_backward(perm)
+        ctx.shape = None if residual is None else residual.shape
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (perm,) = ctx.saved_tensors
+        dz = reorder(gradient, inverse(perm)) if ctx.needs_input_grad[0] else None
+        return dz, None, gradient.sum_to_size(ctx.shape) if ctx.needs_input_grad[2] else None
+
+
+def _gather(z: Tensor, perm: Tensor, residual: Tensor | None) -> Tensor:
+    if _runs_triton(z) and not torch.compiler.is_compiling():
+        from .triton_kernels import take_columns
+
+        add = None if residual is None else _rows(residual.expand(z.shape))
+        return take_columns(_rows(z), perm, add).view(z.shape)
+    y = z.index_select(-1, perm)
+    return y if residual is None else y + residual
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., d) -> (T, d) whose columns lie next to each other."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+# ---------------------------------------------------------------- few tokens
+
+
+def _streamable(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels for few tokens read these as they are."""
+    return (
+        x.dtype == pivot.dtype == coeff.dtype == (coeff if bias is None else bias).dtype
+        and x.dtype in (*HALF, torch.float32)
+        and pivot.stride(-1) == coeff.stride(-1) == (1 if bias is None else bias.stride(0)) == 1
+    )
+
+
+def _few_tokens(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
+    from .triton_kernels import few_tokens
+
+    return few_tokens(_rows(x), pivot, coeff, perm, bias).view(*x.shape[:-1], perm.shape[0])
+
+
+def _few_tokens_fake(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], perm.shape[0])
+
+
+def _register() -> None:
+    if hasattr(torch.ops.pifa, "product"):
+        return  # a checkpoint's copy of this file may come after the installed one
+    product = torch.library.custom_op("pifa::product", _product, mutates_args=())
+    product.register_fake(_product_fake)
+    product.register_autograd(_product_backward, setup_context=_product_setup)
+    few = torch.library.custom_op("pifa::few_tokens", _few_tokens, mutates_args=())
+    few.register_fake(_few_tokens_fake)
+
+
+_register()

@@ -1,0 +1,171 @@
+"""Forward passes through one layer that stop at its linears, so that these can be solved and replaced in mid-flight.
+
+What a linear receives depends on what those before it became. Running the layer from its start for every group of
+linears would do most of its arithmetic several times; here every batch's pass waits, with the tensors it holds, where
+it reached the group, and goes on through what was put in its place.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import RunError
+from utils.layers import run_layer
+
+
+class Stop(NamedTuple):
+    """Where a pass of so many windows waits: the linear, its input, the residual stream that it writes into, if any."""
+
+    linear: str
+    x: Tensor
+    stream: Tensor | None
+    windows: int
+
+
+class _Abandoned(Exception):
+    """Ends the thread of a pass that nobody will let go on."""
+
+
+class _Pass:
+    """One forward pass in a thread of its own. Only one thread runs at a time: the others wait for a semaphore."""
+
+    def __init__(self, run: Callable[[], Tensor]):
+        self.windows = 0
+        self.hidden: Tensor | None = None  # what the layer returned
+        self.streams: dict[str, Tensor] = {}
+        self._stop: Stop | None = None
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._may_run, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._follow, args=(run,), daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> Stop | None:
+        """Run to the next stop; None where the pass is through."""
+        self._stop = None
+        self._may_run.release()
+        self._has_stopped.acquire()
+        if self._error is not None:
+            raise self._error
+        return self._stop
+
+    def wait_at(self, stop: Stop) -> None:
+        """Called inside the pass."""
+        self._stop = stop
+        self._has_stopped.release()
+        self._may_run.acquire()
+        if self._abandoned:
+            raise _Abandoned
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        self._may_run.release()
+        self._thread.join()
+
+    def _follow(self, run: Callable[[], Tensor]) -> None:
+        self._may_run.acquire()
+        try:
+            with torch.no_grad():  # a thread starts with gradients on
+                if not self._abandoned:
+                    self.hidden = run()
+        except _Abandoned:
+            pass
+        except BaseException as error:  # handed to whoever waits for this pass
+            self._error = error
+        finally:
+            self._has_stopped.release()
+
+
+class Lockstep:
+    """All batches of one flow through one layer, stopped together at one linear after the other."""
+
+    running: _Pass  # the one that is under way
+
+    def __init__(self, layer: nn.Module, batches: Iterable[Tensor], keywords: dict[str, Any]):
+        self._layer = layer
+        device = next(layer.parameters()).device
+        self._passes = [_Pass(self._run(batch, device, keywords)) for batch in batches]
+
+    def _run(self, batch: Tensor, device: torch.device, keywords: dict[str, Any]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            hidden = batch.to(device)
+            self.running.windows, self.running.streams[""] = len(batch), hidden
+            return run_layer(self._layer, hidden, keywords)
+
+        return run
+
+    def at(self, linear: str) -> Iterator[Stop]:
+        """Let one batch after the other go on until it reaches the linear, which must be its next stop.
+
+        Raises: RunError where a batch gets elsewhere.
+        """
+        for one in self._passes:
+            self.running = one
+            stop = one.go_on()
+            if stop is None or stop.linear != linear:
+                raise RunError(f"{linear} is not called once, in the same order, by every batch: no way to compress it")
+            yield stop
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Let one batch after the other go on to its end; the layer's output hidden states of each."""
+        for one in self._passes:
+            self.running = one
+            if one.go_on() is not None or one.hidden is None:
+                raise RunError("a linear of this layer is called more often than in a short pass: can't compress it")
+            yield one.hidden
+            one.hidden = None
+
+    def reached(self, linear: str, x: Tensor, stream: str | None) -> None:
+        one = self.running
+        one.wait_at(Stop(linear, x, None if stream is None else one.streams[stream], one.windows))
+
+    def close(self) -> None:
+        for one in self._passes:
+            one.abandon()
+
+
+@contextmanager
+def lockstep(
+    layer: nn.Module,
+    stops: Mapping[str, str | None],
+    batches: Iterable[Tensor],
+    keywords: dict[str, Any],
+) -> Iterator[Lockstep]:
+    """Passes of the batches through the layer, each stopping where it reaches one of the linears in `stops`.
+
+    stops: linear -> the submodule whose input is the residual stream wanted with it, "" for the layer's own input,
+    None for none; batches: hidden states (windows, length, width) on any device, run on the layer's. A linear that
+    has been replaced in the layer by the time a pass goes on is passed through in its new form.
+    """
+    flow = Lockstep(layer, batches, keywords)
+
+    def stopping(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            flow.reached(name, x, stops[name])
+            now = layer.get_submodule(name)
+            return type(linear).forward(linear, x) if now is linear else now(x)
+
+        return forward
+
+    linears = {name: layer.get_submodule(name) for name in stops}
+    for name, linear in linears.items():
+        linear.forward = stopping(name, linear)  # type: ignore[method-assign, assignment, arg-type]
+    handles = [
+        layer.get_submodule(stream).register_forward_pre_hook(
+            lambda _module, args, stream=stream: flow.running.streams.update({stream: args[0]})
+        )
+        for stream in set(stops.values())
+        if stream
+    ]
+    try:
+        yield flow
+    finally:
+        flow.close()
+        for linear in linears.values():
+            del linear.forward
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,151 @@
+"""How long calls take and how much memory they need, and what the machine can do at best.
+
+Calls that are compared are timed in turn, A B C A B C, so that clocks and heat change for all alike, and the median
+is taken. Short CUDA calls are captured in a graph over several copies of their weights: one call is then as long as
+its kernels, and no weight comes out of the cache because the call before left it there.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Call = Callable[[], Any]
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+WARM_UPS = 3  # of a call before it is captured: libraries choose their kernels and workspaces then
+L2_SHARE = 4  # copies of the weights take this many times the cache
+MATMUL_SIZES = {"cuda": (8192, 16384), "cpu": (1024,)}
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+
+
+class Limits(NamedTuple):
+    """What this machine reached in this run."""
+
+    matmul_tflops: float  # largest square product, in the dtype of the run
+    copy_gbs: float  # bytes read and written by a large copy, in 1e9 per second
+
+    def floor(self, flops: float, moved_bytes: float) -> float:
+        """Seconds below which no call can do this much."""
+        return max(flops / (self.matmul_tflops * 1e12), moved_bytes / (self.copy_gbs * 1e9))
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Limits:
+    """Time square products of normal numbers and a copy, in turn; `seconds` bounds how long each goes on."""
+    calls: dict[str, Call] = {}
+    for size in MATMUL_SIZES[device.type]:
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        calls[f"matmul {size}"] = partial(F.linear, left, right)  # the layout of layers: x W^T
+    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls["copy"] = partial(target.copy_, source)
+    found = interleaved_medians(calls, device, seconds * len(calls))
+    tflops = max(2 * size**3 / found[f"matmul {size}"] / 1e12 for size in MATMUL_SIZES[device.type])
+    return Limits(tflops, 2 * len(source) / found["copy"] / 1e9)
+
+
+def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0) -> dict[str, float]:
+    """Median seconds of each call, over rounds in which every call runs once.
+
+    seconds: about how long the rounds take together; at least three are made. On CUDA the cache is overwritten before
+    every call, and times are those of the device's own clock.
+    """
+    for call in calls.values():
+        call()
+    began = time.perf_counter()
+    for call in calls.values():
+        timed(call, device)
+    once = time.perf_counter() - began
+    rounds = min(max(int(seconds / max(once, 1e-9)), LEAST_ROUNDS), MOST_ROUNDS)
+    flush = cache_flusher(device)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            flush()
+            found[name].append(timed(call, device))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def timed(call: Call, device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the CUDA device's L2 cache; 0 on the CPU, where calls are timed as they come."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def cache_flusher(device: torch.device) -> Call:
+    """A call that fills the device's cache with something else."""
+    size = 2 * cache_bytes(device)
+    if not size:
+        return lambda: None
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+
+def copies_beyond_cache(weight_bytes: int, device: torch.device) -> int:
+    """How many copies of weights of this size the cache can't hold a quarter of; at least 2, at most 32."""
+    return min(max(-(-L2_SHARE * cache_bytes(device) // max(weight_bytes, 1)), 2), 32)
+
+
+class Replay:
+    """A captured graph, and the call it was made from: the graph reads the call's tensors but does not keep them."""
+
+    def __init__(self, graph: Any, call: Call):
+        self.graph, self.call = graph, call
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def as_graph(call: Call, device: torch.device) -> Call:
+    """The call's kernels as one CUDA graph, whose replay launches them all; on the CPU the call itself.
+
+    The call must do the same at every time and hold its inputs, where they are. No gradients.
+    """
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return Replay(graph, call)
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Bytes that one call allocates at its peak, beyond what there is already; None on the CPU, which counts none."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def poison(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """Fill memory with NaN and free it: outputs that a call leaves unwritten, allocated there next, then show."""
+    blocks: list[Tensor] = [torch.full(shape, torch.nan, device=device, dtype=dtype) for shape in shapes]
+    del blocks
