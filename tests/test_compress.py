@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import PIFA
 from tests import tiny
+from utils import checkpoint as files
 
 BEYOND = {"allocation": "kl", "drift_factor": 0.5, "output_shrinkage": 0.3, "profile_nsamples": 2, "density": 0.6}
 
@@ -112,3 +114,101 @@ def test_a_profile_is_no_checkpoint(run_beyond, arguments):
 def test_flags_that_do_not_fit_are_refused(arguments, capsys, changes, message):
     assert PIFA.main(arguments("m", **changes)) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_record_says_how_long_the_profile_took(run_beyond):
+    assert 0 < run_beyond["profile_seconds"] < run_beyond["seconds"]
+
+
+def test_the_papers_method_needs_no_profile(arguments, tmp_path):
+    off = {"token_power": 0, "output_shrinkage": 1, "drift_factor": 0, "allocation": "uniform", "density": 0.6}
+    for number, changes in enumerate([off, {"reconstruct_step": 2, "allocation": "uniform", "density": 0.6}]):
+        record = PIFA.run(arguments("m", save_path=tmp_path / str(number), **changes))
+        assert list((tmp_path / str(number)).iterdir()) == [Path(record["path"])]
+        constants = [record[name] for name in ("token_power", "output_shrinkage", "drift_factor")]
+        assert constants == [0, None, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"allocation": "kl"}, {"token_power": 0.5}, {"output_shrinkage": 0.3}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_each_of_three_things_asks_for_a_profile(changes, arguments, tmp_path):
+    off = {"token_power": 0, "output_shrinkage": 1, "allocation": "uniform", "density": 0.6, "profile_nsamples": 2}
+    PIFA.run(arguments("m", save_path=tmp_path, **{**off, **changes}))
+    assert len(list(tmp_path.glob("profile_*"))) == 1
+
+
+def test_the_ridge_is_in_the_record_and_in_the_factors(run_beyond, arguments):
+    parent = Path(run_beyond["path"]).parent
+    record = PIFA.run(arguments("m", save_path=parent, ridge=0.1, **BEYOND))
+    assert (record["ridge"], run_beyond["ridge"]) == (0.1, 1e-3)
+    assert record["ranks"] == run_beyond["ranks"]
+    shards = [(Path(run["path"]) / files.layer_shard(0)).read_bytes() for run in (record, run_beyond)]
+    assert shards[0] != shards[1]
+
+
+# ---------------------------------------------------------------- a second pass
+
+
+@pytest.fixture(scope="module")
+def second_pass(arguments, tmp_path_factory):
+    return PIFA.run(arguments("m", save_path=tmp_path_factory.mktemp("passes"), passes=2, **BEYOND))
+
+
+def test_a_second_pass_makes_a_second_profile_and_another_plan_of_the_same_density(second_pass, run_beyond):
+    parent = Path(second_pass["path"]).parent
+    profiles = list(parent.glob("profile_*"))
+    assert len(profiles) == 2 and len(list(parent.iterdir())) == 3
+    (first,) = Path(run_beyond["path"]).parent.glob("profile_*")
+    assert first.name in {profile.name for profile in profiles}
+    assert (second_pass["passes"], run_beyond["passes"]) == (2, 1)
+    assert second_pass["ranks"] != run_beyond["ranks"]
+    for record in (second_pass, run_beyond):
+        assert 0.59 < record["density_pivoted"] <= 0.6
+
+
+def test_a_second_pass_goes_on_to_the_same_bytes(second_pass, arguments):
+    folder = Path(second_pass["path"])
+    profiles = {path: tiny.contents(path) for path in folder.parent.glob("profile_*")}
+    before = tiny.contents(folder, (files.RECORD,))
+    (folder / files.layer_shard(1)).unlink()
+    (folder / files.RECORD).unlink()
+    record = PIFA.run(arguments("m", save_path=folder.parent, passes=2, resume=True, **BEYOND))
+    assert record["ranks"] == second_pass["ranks"]
+    assert tiny.contents(folder, (files.RECORD,)) == before
+    assert {path: tiny.contents(path) for path in folder.parent.glob("profile_*")} == profiles
+
+
+def test_the_profile_of_the_second_pass_stands_beside_the_named_one(second_pass, arguments, tmp_path):
+    named = tmp_path / "mine"
+    record = PIFA.run(arguments("m", save_path=tmp_path / "out", passes=2, profiling_mat_path=named, **BEYOND))
+    assert record["ranks"] == second_pass["ranks"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "mine-pass2", "out"]
+    assert list((tmp_path / "out").iterdir()) == [Path(record["path"])]
+
+
+# ---------------------------------------------------------------- refinement
+
+
+def test_refinement_lowers_or_keeps_every_layers_error_and_the_record_says_so(arguments, tmp_path, caplog):
+    caplog.set_level("INFO", logger="pifa")
+    # a V step from plain SVD leaves something to do, the exact solver little
+    flags = {
+        "density": 0.6,
+        "reconstruct_nsamples": 64,
+        "allocation": "uniform",
+        "prune": "svd",
+        "reconstruct_step": -1,
+    }
+    plain, refined = (PIFA.run(arguments("m", save_path=tmp_path, refine_steps=steps, **flags)) for steps in (0, 3))
+    assert (plain["refine_steps"], refined["refine_steps"]) == (0, 3)
+    said = [message for message in caplog.messages if " refined: relative error " in message]
+    errors = [[float(number) for number in message.split("error ")[1].split(" -> ")] for message in said]
+    assert len(errors) == 2 and all(after <= before for before, after in errors)
+    assert any(after < before for before, after in errors)
+    factors = [tiny.stored_tensors(Path(record["path"])) for record in (plain, refined)]
+    assert factors[0].keys() == factors[1].keys() and plain["ranks"] == refined["ranks"]
+    changed = {name for name, tensor in factors[0].items() if not torch.equal(tensor, factors[1][name])}
+    assert changed and all(name.endswith(("u.weight", "v.weight")) for name in changed)

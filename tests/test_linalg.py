@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.linalg import add_diagonal, balance, damped_cholesky, solve_right
+from component.linalg import add_diagonal, balance, damped_cholesky, packed, solve_right, unpacked
 from tests.tiny import gram_of, rand
 from utils.errors import RunError
 
@@ -113,3 +113,20 @@ def test_balance_survives_directions_that_are_absent():
     u[:, 0], v[1] = 0, 0
     left, right = balance(u, v)
     torch.testing.assert_close(left @ right, u @ v, rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 70), st.integers(0, 10**6), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_a_packed_matrix_is_its_lower_triangle_and_comes_back_whole(n, seed, dtype):
+    matrix = rand(n, n, seed=seed).to(dtype)
+    symmetric = matrix + matrix.T
+    triangle = packed(symmetric)
+    assert triangle.dtype == dtype
+    assert triangle.tolist() == [symmetric[i, j].item() for i in range(n) for j in range(i + 1)]
+    assert torch.equal(unpacked(triangle), symmetric)
+
+
+@pytest.mark.parametrize("n", [1000, 4096, 11008, 28672])
+def test_the_size_of_a_packed_matrix_is_found_from_its_numbers(n):
+    """Without the memory of the large ones: zeros that are stored once."""
+    with torch.device("meta"):
+        assert unpacked(torch.empty(n * (n + 1) // 2)).shape == (n, n)

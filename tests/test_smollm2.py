@@ -22,6 +22,7 @@ def records(tmp_path_factory) -> dict[str, dict]:
     """One run of m and pifa, and the perplexity of the original, before and after pivoting."""
     parent = tmp_path_factory.mktemp("smollm2")
     few = {"pruning_nsamples": 2, "reconstruct_nsamples": 2}
+    few |= {"allocation": "uniform", "token_power": 0, "output_shrinkage": 1}  # a profile would almost double the time
     judge = {**FLAGS, "save_path": parent, "eval_nsamples": 2}
     low_rank = PIFA.run(tiny.flags("m", **FLAGS, **few, density=DENSITY, save_path=parent))
     pivots = PIFA.run(tiny.flags("pifa", save_path=parent, DEV="cpu"))

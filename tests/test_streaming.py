@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from component.linear import LowRankLinear
 from component.lockstep import lockstep
 from component.moments import Moments
-from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE
-from component.solvers import PRUNERS, default_step, make_solver
-from component.streaming import Flows, add_moments, compress_layers
-from component.whitening import WHITENING_DAMPING
+from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE, exact_factors
+from component.refinement import relative_error
+from component.solvers import PRUNERS, Solver, default_step, make_solver
+from component.streaming import Flows, Refinement, add_moments, compress_layers
+from component.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
 from utils.errors import RunError
-from utils.layers import describe_layers, layer_inputs
+from utils.layers import describe_layers, layer_inputs, run_layer
 
 MIX_RATIO = 0.25
 WINDOWS = tiny.token_windows(6, 32)
@@ -285,3 +286,136 @@ def layer_outputs(model: nn.Module, name: str) -> Tensor:
     model(WINDOWS, use_cache=False)
     handle.remove()
     return kept[0]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "opt"])
+def test_tokens_are_weighed_in_gram_cross_and_drift_and_in_nothing_else(family, batch):
+    """Every sum over tokens by hand. The windows of each purpose differ in number, the weights from group to group."""
+    model = tiny.build(family)
+    described = describe_layers(model)
+    firsts = [f"{layer.name}.{group[0]}" for layer in described for group in layer.groups]
+    weights = {name: tiny.rand(6, 32, seed=seed).abs().float() for seed, name in enumerate(firsts)}
+    collected: dict[str, Moments] = {}
+
+    def solve(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
+        collected[name] = moments
+        return plain_factors(weight, rank)
+
+    solver = Solver(solve, True, True, True, True, token_weights=weights.__getitem__)
+    plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
+    flows = Flows(WINDOWS, whitening=4, reconstruction=5, batch=batch)
+    layers = dict(compress_layers(model, described, plan, solver, flows, torch.device("cpu"), torch.float32))
+
+    small = copy.deepcopy(model)
+    for layer, new in zip(described, layers.values(), strict=True):
+        small.set_submodule(layer.name, new)
+    for layer in described:
+        for group in layer.groups:
+            first = f"{layer.name}.{group[0]}"
+            stream = layer.residuals.get(group[0])
+            names = [first] if stream is None else [first, f"{layer.name}.{stream}" if stream else layer.name]
+            dense, low_rank = inputs_of(model, names), inputs_of(small, names)
+            count = 5 * WINDOWS.shape[1]
+            counted = low_rank[first][:, :count] * weights[first].double().flatten()[:count]
+            moments = collected[first]
+            whitening = dense[first][:, : 4 * WINDOWS.shape[1]]
+            assert tiny.relative(moments.dense_gram, whitening @ whitening.T) < 1e-5
+            assert tiny.relative(moments.gram, low_rank[first][:, :count] @ counted.T) < 1e-5
+            assert tiny.relative(moments.cross, dense[first][:, :count] @ counted.T) < 1e-5
+            if stream is None:
+                assert moments.drift is None
+            else:
+                drift = (dense[names[1]] - low_rank[names[1]])[:, :count]
+                if drift.norm() == 0:  # before the first linear the flows are one
+                    assert not moments.drift.any()
+                else:
+                    assert tiny.relative(moments.drift, drift @ counted.T) < 1e-4
+
+
+def layers_by(solver: Solver, model: nn.Module, **more) -> dict[int, nn.Module]:
+    described = describe_layers(model)
+    flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
+    cpu = torch.device("cpu")
+    return dict(compress_layers(model, described, ranks_of(described), solver, flows, cpu, torch.float32, **more))
+
+
+def state_of(layers: dict[int, nn.Module]) -> dict[str, Tensor]:
+    return {f"{index}.{key}": t for index, layer in layers.items() for key, t in layer.state_dict().items()}
+
+
+def test_weights_of_one_change_nothing_and_others_do():
+    model = tiny.build()
+    plain, ones, others = (
+        state_of(layers_by(make_solver("svd-llm", None, MIX_RATIO, 0.5, token_weights=weights), model))
+        for weights in (None, lambda _: torch.ones(6, 32), lambda _: tiny.rand(6, 32).abs().float())
+    )
+    assert all(torch.equal(tensor, ones[key]) for key, tensor in plain.items())
+    assert not all(torch.equal(tensor, others[key]) for key, tensor in plain.items())
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
+def test_the_ridge_reaches_the_exact_solver(ridge):
+    weight, x = tiny.rand(6, 8, seed=1), tiny.rand(8, 40, seed=2)
+    moments = Moments(gram=tiny.gram_of(x), cross=tiny.rand(8, 40, seed=3) @ x.T)
+    found = make_solver("svd-llm", None, 0.5, ridge=ridge).solve(weight, moments, 3, "a")
+    target = weight @ (0.5 * moments.cross + 0.5 * moments.gram)
+    expected = exact_factors(weight, target, moments.gram, 3, ridge)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert make_solver("svd-llm", None, 0.5).solve(weight, moments, 3, "a")[0].equal(found[0]) == (ridge == 1e-3)
+
+
+def noisy(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """Factors that a few steps make better, also on windows that they have not seen."""
+    return tuple(
+        factor + 0.3 * factor.square().mean().sqrt() * tiny.rand(*factor.shape, seed=rank)
+        for factor in plain_factors(weight, rank)
+    )
+
+
+def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(caplog):
+    """The target is the dense flow's output by drift_ratio, else what the dense layer makes of the low-rank flow."""
+    model = tiny.build()
+    described = describe_layers(model)
+    dense = [model.get_submodule(layer.name) for layer in described]
+    hidden, keywords = layer_inputs(model, WINDOWS)
+    plan = {f"{layer.name}.{name}": 24 for layer in described for name in layer.linears()}
+    fitted = make_solver("svd-llm", None, MIX_RATIO).solve
+    calls: list[str] = []
+
+    def solve(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
+        calls.append(name)
+        return (noisy if "layers.0" in name else fitted)(weight, moments, rank, name)
+
+    solver = Solver(solve, needs_gram=True, needs_cross=True)
+    flows, cpu = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4), torch.device("cpu")
+
+    def layers(**more) -> dict[int, nn.Module]:
+        return dict(compress_layers(model, described, plan, solver, flows, cpu, torch.float32, **more))
+
+    caplog.set_level("INFO", logger="pifa")
+    plain, refined = layers(), layers(refinement=Refinement(24, 0.25, 1))
+    said = [message for message in caplog.messages if "refined: relative error" in message]
+    assert [message.split()[0] for message in said] == [layer.name for layer in described]
+
+    low_rank, errors = hidden, []
+    for index, layer in enumerate(dense):
+        target = 0.75 * run_layer(layer, low_rank, keywords[index])
+        hidden = run_layer(layer, hidden, keywords[index])
+        target += 0.25 * hidden
+        before = run_layer(plain[index], low_rank, keywords[index])
+        low_rank = run_layer(refined[index], low_rank, keywords[index])
+        errors.append([relative_error(output[-1], target[-1]).item() for output in (before, low_rank)])
+        assert said[index].endswith(f"-> {errors[-1][1]:.4g}")  # of 6 windows the last one judges
+    assert errors[0][1] < 0.8 * errors[0][0]
+
+    def finished(index: int, layer: nn.Module) -> bool:
+        if index == 0:
+            for name, module in refined[0].named_children():
+                layer.set_submodule(name, copy.deepcopy(module))
+        return index == 0
+
+    calls.clear()
+    again = layers(finished=finished, refinement=Refinement(24, 0.25, 1))
+    assert calls and all("layers.1" in name for name in calls)
+    assert all(torch.equal(t, state_of(refined)[key]) for key, t in state_of(again).items())

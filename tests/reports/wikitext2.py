@@ -16,7 +16,7 @@ METHODS = {
     "W": ["--no-use_pifa", "--reconstruct_step", "0", "--allocation", "uniform"],
     "MPIFA, the paper's": ["--reconstruct_step", "2", "--allocation", "uniform"],
     # nothing but the solver differs from the row above
-    "MPIFA, exact M": ["--drift_factor", "0", "--output_shrinkage", "1", "--token_power", "0", "--allocation", "uniform"],
+    "MPIFA, exact M": ["--drift_factor=0", "--output_shrinkage=1", "--token_power=0", "--allocation", "uniform"],
 }
 
 

@@ -1,0 +1,40 @@
+"""tests/reports: the commands behind the README's tables mean what their rows say."""
+
+import PIFA
+from component.planner import recipe_of
+from component.solvers import EXACT, PLAIN, TUNED
+from tests.reports import demo, quality, wikitext2
+
+CONSTANTS = ("drift_factor", "output_shrinkage", "token_power")
+
+
+def parsed(flags: list[str]):
+    return PIFA.parse(["--mode", "m", "--DEV", "cpu", *flags])
+
+
+def test_rows_of_published_methods_have_nothing_of_ours():
+    rows = [*wikitext2.METHODS.values(), *(flags for row, flags in demo.METHODS.items() if "default" not in row)]
+    for options in map(parsed, rows):
+        recipe = recipe_of(options)
+        assert options.allocation == "uniform"
+        assert (recipe.drift_factor, recipe.output_shrinkage, recipe.token_power) == (0, None, 0)
+
+
+def test_the_rows_differ_in_solver_and_storage():
+    steps = {row: (parsed(flags).reconstruct_step, parsed(flags).use_pifa) for row, flags in wikitext2.METHODS.items()}
+    assert list(steps.values()) == [(0, False), (2, True), (EXACT, True)]
+    steps = {row: (parsed(flags).reconstruct_step, parsed(flags).use_pifa) for row, flags in demo.METHODS.items()}
+    assert list(steps.values()) == [(0, False), (0, False), (2, True), (EXACT, True)]
+    assert set(demo.PIVOTED) <= set(demo.METHODS) and demo.LAST in demo.PIVOTED.values()
+
+
+def test_the_default_row_is_the_bare_command():
+    default = vars(parsed(demo.METHODS["default, low-rank"]))
+    assert default["allocation"] == "kl" and {name: default[name] for name in CONSTANTS} == TUNED
+    assert vars(parsed(quality.ABLATION["default"])) == default
+
+
+def test_every_row_of_the_ablation_differs_from_the_default():
+    options = [{**vars(parsed(flags)), "command": ""} for flags in quality.ABLATION.values()]
+    assert all(sum(row[key] != options[0][key] for key in row) == 1 for row in options[1:])
+    assert PLAIN.keys() == TUNED.keys() == set(CONSTANTS)
