@@ -2,7 +2,7 @@
 
 Z = [Y_p | Y_np], with Y_p = X W_p^T and Y_np = Y_p C^T, is two matrix products into one buffer. To put its columns in
 order moves as many bytes as a small product does, so that is at most one gather, and none where the next operation can
-read Z itself. A few tokens are two kernels that stream the weights and write in order.
+read Z itself. One token on a GPU is two kernels that stream the weights and write in order.
 
 To torch.compile the products are one operator, since `mm(out=slice)` breaks a graph; the gather is plain indexing,
 which it fuses into what comes next. Triton is imported at the first call that needs it.
@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_TOKENS = 16
+FEW_TOKENS = 16  # up to which a CPU spends more on calls than on the copy that they spare
+LARGE_RANK = 512  # from which the order of Z's numbers in memory decides how fast a CPU's products are
 HALF = (torch.float16, torch.bfloat16)
 ALIGNED = 8  # numbers of 2 bytes: for other sizes cuBLAS falls back on kernels that take 7 times as long
+PADDED_RANK = 16  # what a rank that has to grow anyway grows to a multiple of: measured faster than 8, 32, 64 and 128
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -29,8 +31,13 @@ def pivoted_product(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None
     x: (..., d_in), pivot: (r, d_in), coeff: (d_out - r, r), bias: (d_out,) in pivot order or None. It is added to Z
     after both products: before, Y_p + b would reach Y_np through C.
     """
-    as_operator = torch.compiler.is_compiling() or _differentiated(x, pivot, coeff)
-    z = (torch.ops.pifa.product if as_operator else _product)(x, pivot, coeff)
+    compiling = torch.compiler.is_compiling()
+    if x.device.type == "cpu" and not compiling and x.shape[:-1].numel() <= FEW_TOKENS:
+        y_p = F.linear(x, pivot)
+        z = torch.cat([y_p, F.linear(y_p, coeff)], dim=-1)
+    else:
+        as_operator = compiling or _differentiated(x, pivot, coeff)
+        z = (torch.ops.pifa.product if as_operator else _product)(x, pivot, coeff)
     return z if bias is None else z + bias
 
 
@@ -47,14 +54,14 @@ def pifa_linear(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Ten
 
     x: (..., d_in), pivot: (r, d_in), coeff: (d_out - r, r), perm: (d_out,), bias: (d_out,) in natural order or None.
     """
-    if 0 < x.shape[:-1].numel() <= FEW_TOKENS:
-        if _runs_triton(x) and _streamable(x, pivot, coeff, bias) and not _differentiated(x, pivot, coeff, bias):
-            few = torch.ops.pifa.few_tokens if torch.compiler.is_compiling() else _few_tokens
-            return few(x, pivot, coeff, perm, bias)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # calls cost more than the copy that they spare
-            y_p = F.linear(x, pivot)
-            y = torch.cat([y_p, F.linear(y_p, coeff)], dim=-1).index_select(-1, perm)
-            return y if bias is None else y + bias
+    if (
+        _runs_triton(x)
+        and x.shape[:-1].numel() == 1
+        and _streamable(x, pivot, coeff, bias)
+        and not _differentiated(x, pivot, coeff, bias)
+    ):
+        one_token = torch.ops.pifa.one_token if torch.compiler.is_compiling() else _one_token
+        return one_token(x, pivot, coeff, perm, bias)
     return reorder(pivoted_product(x, pivot, coeff), perm, bias)
 
 
@@ -87,7 +94,9 @@ class _Padding(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, rank: int, others: int) -> "_Padding":
-        return cls(-rank % ALIGNED, -others % ALIGNED) if x.device.type == "cuda" and x.dtype in HALF else cls(0, 0)
+        if x.device.type != "cuda" or x.dtype not in HALF:
+            return cls(0, 0)
+        return cls(-rank % PADDED_RANK if rank % ALIGNED else 0, -others % ALIGNED)
 
     def pivot(self, rows: Tensor) -> Tensor:
         """(r, k) -> (left + r, k)"""
@@ -110,8 +119,8 @@ def _unset(x: Tensor, rank: int, others: int) -> tuple[Tensor, Tensor, _Padding]
     """Z with nothing in it yet: (..., d_out), the matrix that it is a part of: (T, width), and the padding in that."""
     padding = _Padding.of(x, rank, others)
     tokens, width = x.shape[:-1].numel(), padding.left + rank + others + padding.right
-    # on a CPU single-precision products are faster with tokens running fastest, half-precision ones far slower
-    features_first = x.device.type == "cpu" and x.dtype not in HALF
+    # a CPU's products of large matrices are faster with tokens running fastest, those in half precision far slower
+    features_first = x.device.type == "cpu" and x.dtype not in HALF and rank >= LARGE_RANK
     whole = x.new_empty(width, tokens).t() if features_first else x.new_empty(tokens, width)
     z = whole[:, padding.left : padding.left + rank + others]
     return z.unflatten(0, x.shape[:-1]) if x.dim() > 1 else z[0], whole, padding
@@ -190,11 +199,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-# ---------------------------------------------------------------- few tokens
+# ---------------------------------------------------------------- one token
 
 
 def _streamable(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels for few tokens read these as they are."""
+    """Whether the kernels for one token read these as they are."""
     return (
         x.dtype == pivot.dtype == coeff.dtype == (coeff if bias is None else bias).dtype
         and x.dtype in (*HALF, torch.float32)
@@ -202,13 +211,13 @@ def _streamable(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None) ->
     )
 
 
-def _few_tokens(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton_kernels import few_tokens
+def _one_token(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
+    from .triton_kernels import one_token
 
-    return few_tokens(_rows(x), pivot, coeff, perm, bias).view(*x.shape[:-1], perm.shape[0])
+    return one_token(x.flatten().contiguous(), pivot, coeff, perm, bias).view(*x.shape[:-1], perm.shape[0])
 
 
-def _few_tokens_fake(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
+def _one_token_fake(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], perm.shape[0])
 
 
@@ -218,8 +227,8 @@ def _register() -> None:
     product = torch.library.custom_op("pifa::product", _product, mutates_args=())
     product.register_fake(_product_fake)
     product.register_autograd(_product_backward, setup_context=_product_setup)
-    few = torch.library.custom_op("pifa::few_tokens", _few_tokens, mutates_args=())
-    few.register_fake(_few_tokens_fake)
+    one = torch.library.custom_op("pifa::one_token", _one_token, mutates_args=())
+    one.register_fake(_one_token_fake)
 
 
 _register()

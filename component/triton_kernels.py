@@ -1,7 +1,8 @@
 """Triton kernels of the pivoted layer, for CUDA. Import it at the first call that needs one, never before.
 
-`take_columns` moves whole matrices: on an H100 it runs at 0.95 of the speed of a copy up to 16,384 columns, and at 0.85
-beyond. `few_tokens` is bound by reading the weights once; from some tens of tokens on, cuBLAS is faster.
+`take_columns` moves whole matrices: on an H100 at 0.95 of the speed of a copy where it reads rows whole, up to 16,384
+columns of half precision, at 0.85 where it picks the numbers one by one. `one_token` reads every weight once, and is
+bound by that.
 """
 
 import functools
@@ -42,13 +43,11 @@ def _take_columns(
 def take_columns(z: Tensor, perm: Tensor, add: Tensor | None = None) -> Tensor:
     """(add +) z[:, perm]: (T, d_out), in the wider dtype of the two.
 
-    z: (T, d_out), perm: (d_out,) int32 or int64, add: (T, d_out) or None. Columns lie next to each other; rows may lie
-    anywhere, and those of `add` be one and the same.
+    z: (T, d_out), perm: (d_out,) int32 or int64, add: (T, d_out) or None; z and add with unit column strides.
     """
     tokens, d_out = z.shape
-    out = torch.empty(
-        tokens, d_out, device=z.device, dtype=z.dtype if add is None else torch.promote_types(z.dtype, add.dtype)
-    )
+    dtype = z.dtype if add is None else torch.promote_types(z.dtype, add.dtype)
+    out = torch.empty(tokens, d_out, device=z.device, dtype=dtype)
     if out.numel() == 0:
         return out
     columns = triton.next_power_of_2(d_out)
@@ -61,110 +60,82 @@ def take_columns(z: Tensor, perm: Tensor, add: Tensor | None = None) -> Tensor:
     return out
 
 
-# ---------------------------------------------------------------- the layer for few tokens
+# ---------------------------------------------------------------- the layer for one token
 
 
 @triton.jit
-def _rows_times(
-    x, row, used, tokens, inner, stride_x,
-    ROWS: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """(ROWS, TOKENS) in float32: weight rows at the pointers row: (ROWS,), times x: (tokens, inner).
+def _rows_times(x, row, used, inner, ROWS: tl.constexpr, INNER: tl.constexpr, WAIT: tl.constexpr):
+    """(ROWS,) in float32: weight rows at the pointers row: (ROWS,), times x: (inner,). A strip is always on its way.
 
-    WAIT: x comes from the kernel before, which may still run; the first weights are on their way meanwhile.
+    WAIT: x comes from the kernel before, which may still run; weights do not.
     """
     k = tl.arange(0, INNER)
-    if TOKENS == 1:
-        weight = tl.load(row[:, None] + k[None, :], mask=used[:, None] & (k < inner)[None, :], other=0.0)
-        if WAIT:
-            tl.extra.cuda.gdc_wait()
-        sums = tl.zeros((ROWS, INNER // 8), tl.float32)  # a thread reads 8 numbers at once, and adds them up itself
-        for start in range(0, inner, INNER):
-            ahead = start + INNER + k
-            following = tl.load(row[:, None] + ahead[None, :], mask=used[:, None] & (ahead < inner)[None, :], other=0.0)
-            value = tl.load(x + start + k, mask=start + k < inner, other=0.0)
-            product = weight.to(tl.float32) * value.to(tl.float32)[None, :]
-            sums += tl.sum(tl.reshape(product, (ROWS, INNER // 8, 8)), 2)
-            weight = following
-        return tl.sum(sums, 1)[:, None]
-    else:
-        if WAIT:
-            tl.extra.cuda.gdc_wait()
-        t = tl.arange(0, TOKENS)
-        sums = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in range(0, inner, INNER):
-            here = start + k
-            weight = tl.load(row[:, None] + here[None, :], mask=used[:, None] & (here < inner)[None, :], other=0.0)
-            there = (t < tokens)[:, None] & (here < inner)[None, :]
-            value = tl.load(x + t[:, None] * stride_x + here[None, :], mask=there, other=0.0)
-            sums = tl.dot(weight, tl.trans(value), sums, input_precision="ieee")
-        return sums
+    weight = tl.load(row[:, None] + k[None, :], mask=used[:, None] & (k < inner)[None, :], other=0.0)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros((ROWS, INNER // 8), tl.float32)  # a thread reads 8 numbers at once, and adds them up itself
+    for start in range(0, inner, INNER):
+        ahead = start + INNER + k
+        following = tl.load(row[:, None] + ahead[None, :], mask=used[:, None] & (ahead < inner)[None, :], other=0.0)
+        value = tl.load(x + start + k, mask=start + k < inner, other=0.0)
+        product = weight.to(tl.float32) * value.to(tl.float32)[None, :]
+        sums += tl.sum(tl.reshape(product, (ROWS, INNER // 8, 8)), 2)
+        weight = following
+    return tl.sum(sums, 1)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _few_pivots(
-    x, pivot, y_p, tokens, rank, inner, stride_x, stride_w,
-    ROWS: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _pivots_of_one(
+    x, pivot, y_p, rank, inner, stride, ROWS: tl.constexpr, INNER: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
-    """y_p[t, i] = pivot[i] . x[t]"""
+    """y_p[i] = pivot[i] . x"""
     if EARLY:  # all that came before has ended, so the next kernel may read weights as soon as there is room for it
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
-    row = pivot + i.to(tl.int64) * stride_w
-    y = _rows_times(x, row, i < rank, tokens, inner, stride_x, ROWS, INNER, TOKENS, False)
-    here = t[None, :] * rank + i[:, None]
-    tl.store(y_p + here, y.to(y_p.dtype.element_ty), mask=(i < rank)[:, None] & (t < tokens)[None, :])
+    y = _rows_times(x, pivot + i.to(tl.int64) * stride, i < rank, inner, ROWS, INNER, False)
+    tl.store(y_p + i, y.to(y_p.dtype.element_ty), mask=i < rank)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _few_outputs(
-    y_p, coeff, perm, bias, out, tokens, rank, d_out, stride_w,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _outputs_of_one(
+    y_p, coeff, perm, bias, out, rank, d_out, stride,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out[t, j] = y_p[t, s] where s = perm[j] < rank, else coeff[s - rank] . y_p[t]; plus bias[j]"""
+    """out[j] = y_p[s] where s = perm[j] < rank, else coeff[s - rank] . y_p; plus bias[j]"""
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
-    source = tl.load(perm + j, mask=j < d_out, other=0)
+    inside = j < d_out
+    source = tl.load(perm + j, mask=inside, other=0)
     product = source >= rank
-    row = coeff + tl.where(product, source - rank, 0).to(tl.int64) * stride_w
-    y = _rows_times(y_p, row, product, tokens, rank, rank, ROWS, INNER, TOKENS, EARLY)
-    inside = (j < d_out)[:, None] & (t < tokens)[None, :]
-    copied = tl.load(y_p + t[None, :] * rank + source[:, None], mask=inside & (source < rank)[:, None], other=0.0)
-    y = tl.where(product[:, None], y, copied.to(tl.float32))
+    row = coeff + tl.where(product, source - rank, 0).to(tl.int64) * stride
+    y = _rows_times(y_p, row, product, rank, ROWS, INNER, EARLY)
+    copied = tl.load(y_p + source, mask=inside & (source < rank), other=0.0)
+    y = tl.where(product, y, copied.to(tl.float32))
     if HAS_BIAS:
-        y += tl.load(bias + j, mask=j < d_out, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + t[None, :] * d_out + j[:, None], y.to(out.dtype.element_ty), mask=inside)
+        y += tl.load(bias + j, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + j, y.to(out.dtype.element_ty), mask=inside)
 
 
-def few_tokens(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer in natural order for 1 to 16 tokens: (T, d_out). Two launches, the second begun beside the first.
+def one_token(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer in natural order: (d_out,). Two launches, of which the second begins beside the first on Hopper.
 
-    x: (T, d_in), pivot: (r, d_in), coeff: (d_out - r, r), of one dtype with unit column strides, perm: (d_out,), bias:
+    x: (d_in,), pivot: (r, d_in), coeff: (d_out - r, r), of one dtype with unit column strides, perm: (d_out,), bias:
     (d_out,) or None.
     """
-    tokens, inner = x.shape
-    rank, d_out = len(pivot), len(perm)
-    y_p = torch.empty(tokens, rank, device=x.device, dtype=x.dtype)
-    out = torch.empty(tokens, d_out, device=x.device, dtype=x.dtype)
+    (rank, inner), d_out = pivot.shape, len(perm)
+    y_p, out = x.new_empty(rank), x.new_empty(d_out)
     early = x.is_cuda and _has_early_launch(x.device)
-    rows = 2 if tokens == 1 else 16
-    _few_pivots[(triton.cdiv(rank, rows),)](
-        x, pivot, y_p, tokens, rank, inner, x.stride(0), pivot.stride(0), ROWS=rows, EARLY=early, **_tile(tokens, inner)
+    _pivots_of_one[(triton.cdiv(rank, 2),)](
+        x, pivot, y_p, rank, inner, pivot.stride(0), ROWS=2, INNER=_strip(inner), EARLY=early, num_warps=4
     )
-    _few_outputs[(triton.cdiv(d_out, rows),)](
-        y_p, coeff, perm, out if bias is None else bias, out, tokens, rank, d_out, coeff.stride(0),
-        HAS_BIAS=bias is not None, ROWS=rows, EARLY=early, **_tile(tokens, rank),
-        **({"launch_pdl": True} if early else {}),
+    _outputs_of_one[(triton.cdiv(d_out, 2),)](
+        y_p, coeff, perm, out if bias is None else bias, out, rank, d_out, coeff.stride(0), HAS_BIAS=bias is not None,
+        ROWS=2, INNER=_strip(rank), EARLY=early, num_warps=4, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 
 
-def _tile(tokens: int, inner: int) -> dict[str, Any]:
-    """One token: a pair of weight rows in long strips. More: 16 rows on the tensor cores, four strips on their way."""
-    if tokens == 1:
-        return {"TOKENS": 1, "INNER": max(8, min(2048, triton.next_power_of_2(inner))), "num_warps": 4}
-    return {"TOKENS": 16, "INNER": 256, "num_warps": 4, "num_stages": 5}
+def _strip(inner: int) -> int:
+    return max(8, min(2048, triton.next_power_of_2(inner)))
 
 
 @functools.cache

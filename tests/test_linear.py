@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
+from component import linear as linear_file
 from component.linear import LowRankLinear, PIFALinear
 from tests.tiny import rand
 
@@ -123,3 +125,120 @@ def test_half_precision_stays_in_its_dtype(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_repr_tells_the_sizes(kind):
     assert "in_features=7, out_features=9, rank=4, bias=False" in repr(make(kind, False)[0])
+
+
+# ---------------------------------------------------------------- the inner linears of a pivoted layer
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """The fast path must not be taken."""
+
+    def refuse(*_):
+        raise AssertionError("the inner linears were not called as modules")
+
+    monkeypatch.setattr(linear_file, "pifa_linear", refuse)
+
+
+class Adapted(nn.Module):
+    """An adapter around a linear, as LoRA is: its output plus a low-rank one."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down, self.up = rand(2, base.in_features, seed=7), rand(base.out_features, 2, seed=8)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("names", [("pivot",), ("coeff",), ("pivot", "coeff")])
+def test_adapters_count(without_kernels, names, tokens):
+    layer, _, b = make(PIFALinear, True)
+    adapted = {name: Adapted(getattr(layer, name)) for name in names}
+    for name, module in adapted.items():
+        setattr(layer, name, module)
+    factors = {name: getattr(make(PIFALinear, True)[0], name).weight.detach() for name in ("pivot", "coeff")}
+    factors |= {name: factors[name] + module.up @ module.down for name, module in adapted.items()}
+    rows = torch.cat([factors["pivot"], factors["coeff"] @ factors["pivot"]])[layer.perm.long()]
+    x = rand(tokens, D_IN, seed=5)
+    torch.testing.assert_close(layer(x), x @ rows.T + b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["pivot", "coeff"])
+def test_hooks_run(without_kernels, name):
+    x = rand(3, D_IN, seed=5).requires_grad_()
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        layer, weight, b = make(PIFALinear, True)
+        calls = []
+        getattr(getattr(layer, name), register)(lambda *_, calls=calls: calls.append(1))
+        y = layer(x)
+        y.sum().backward()
+        assert len(calls) == 1, register
+        torch.testing.assert_close(y, x @ weight.T + b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["pivot", "coeff"])
+def test_what_changes_a_linear_counts(without_kernels, name):
+    """A forward of its own (offloading does so), a bias, a parametrization, a weight that is no plain tensor."""
+
+    class Wrapped(nn.Parameter):
+        pass
+
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    def own_forward(linear):
+        linear.forward = lambda x: nn.functional.linear(x, linear.weight / 2)
+
+    def biased(linear):
+        linear.weight.data /= 2
+        linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=torch.float64))
+
+    def parametrized(linear):
+        nn.utils.parametrize.register_parametrization(linear, "weight", Halved())
+
+    def subclassed(linear):
+        linear.weight = Wrapped(linear.weight.detach() / 2)
+
+    x = rand(3, D_IN, seed=5)
+    rows, coefficients, perm = (
+        make(PIFALinear, False)[0].state_dict()[f] for f in ("pivot.weight", "coeff.weight", "perm")
+    )
+    factors = [rows / 2, coefficients] if name == "pivot" else [rows, coefficients / 2]
+    wanted = PIFALinear.from_pivots(*factors, perm, None, torch.float64).dense_weight()
+    for change in (own_forward, biased, parametrized, subclassed):
+        layer, _, _ = make(PIFALinear, False)
+        change(getattr(layer, name))
+        torch.testing.assert_close(layer(x), x @ wanted.T, rtol=1e-12, atol=1e-12, msg=change.__name__)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_autocast(tokens):
+    """The layer takes single-precision inputs and computes in half precision, as nn.Linear does."""
+    layer, weight, b = make(PIFALinear, True, dtype=torch.float32)
+    x = rand(tokens, D_IN, seed=5).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), x.double() @ weight.T + b, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("tokens", [(), (1,), (40,), (0,), (4, 10)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_tokens(kind, tokens):
+    layer, weight, b = make(kind, True)
+    x = rand(*tokens, D_IN, seed=5)
+    torch.testing.assert_close(layer(x), x @ weight.T + b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_in_one_graph():
+    torch._dynamo.reset()
+    layer, weight, b = make(PIFALinear, True)
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (3, 40, 41):
+            x = rand(tokens, D_IN, seed=5)
+            torch.testing.assert_close(function(x), x @ weight.T + b, rtol=1e-12, atol=1e-12)
