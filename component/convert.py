@@ -37,7 +37,7 @@ def run(options: Namespace) -> dict[str, Any]:
     watch = report.Stopwatch(device)
     source = _source(options)
     dtype = options.dtype or source.record["dtype"]
-    folding = bool(getattr(options, "fold", False))
+    folding = options.fold
     folder = Path(options.save_path) / f"{source.folder.resolve().name}-pifa{'-fold' * folding}"
     flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, **({"fold": True} if folding else {})})
     files.check_target(folder, flags_hash, options.resume)

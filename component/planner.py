@@ -29,6 +29,9 @@ from utils.layers import DecoderLayer, uncalled_linears
 log = logging.getLogger("pifa")
 
 DRAFT_WINDOWS = 8
+THINNING = (
+    2  # of the profile: neighbouring tokens say much the same, and it has to stay cheaper than the pass it serves
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def profile_for(
         "windows_sha256": files.hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
+        "thinning": THINNING,
         "draft": draft and draft.identity,
     }
     hashed = files.hash_of(settings)
@@ -146,7 +150,7 @@ def profile_for(
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None
     return make_profile(
-        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers)
+        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers, THINNING)
     )
 
 

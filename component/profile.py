@@ -34,7 +34,8 @@ class Profiling:
 
     shrinkages: of the output weightings that truncation may use, None for none; each has loss curves of its own.
     batch: windows that go through a layer at once. layers: decoder layers that take the place of the model's own, of
-    which only the weights are then looked at; their linears may be of any kind.
+    which only the weights are then looked at; their linears may be of any kind. thinning: moments and curves are of
+    every so-many-th token.
     """
 
     windows: Tensor
@@ -43,6 +44,7 @@ class Profiling:
     shrinkages: tuple[float | None, ...] = (None,)
     batch: int = 1
     layers: Sequence[nn.Module] | None = None
+    thinning: int = 1
 
 
 class Sensitivity(NamedTuple):
@@ -146,7 +148,7 @@ def profile_layers(
         wide, kwargs = _wide(layers[index], keywords[index], device)
         weights = _weights(model.get_submodule(names.name), names.linears(), device)
         with full_precision():
-            seen = _Seen(names, stride=-(-windows.numel() // CURVE_TOKENS))
+            seen = _Seen(names, profiling)
             gradient = _backward(wide, seen, states.pop(), gradient, kwargs, profiling)
             linears = dict(_sensitivities(weights, seen, profiling.shrinkages))
         norms = {first: gram.diagonal().sqrt() for first, gram in seen.input_grams.items()}
@@ -157,11 +159,12 @@ def profile_layers(
 
 
 class _Seen:
-    """What is kept of a layer's activations and gradients: moments of all tokens, and every stride-th token itself."""
+    """What is kept of a layer's activations and gradients: moments, and an evenly spaced sample of tokens."""
 
-    def __init__(self, described: DecoderLayer, stride: int):
+    def __init__(self, described: DecoderLayer, profiling: Profiling):
         self.described = described
-        self.stride = stride
+        self.thinning = profiling.thinning
+        self.stride = -(-profiling.windows.numel() // (CURVE_TOKENS * self.thinning))
         self.input_grams: dict[str, Tensor] = {}  # by the first linear of a group
         self.output_grams: dict[str, Tensor] = {}
         self.norms: dict[str, list[Tensor]] = {}  # squared, of every token's gradient
@@ -169,12 +172,16 @@ class _Seen:
 
     def add(self, inputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> None:
         """One batch: inputs (..., d_in) by the first linear of a group, output gradients (..., d_out) by linear."""
+        for name, g in gradients.items():
+            self.norms.setdefault(name, []).append(g.flatten(0, -2).square().sum(-1))
+        inputs, gradients = (
+            {name: rows.flatten(0, -2)[:: self.thinning] for name, rows in part.items()} for part in (inputs, gradients)
+        )
         for name, x in inputs.items():
             self.input_grams[name] = add_product(self.input_grams.get(name), x, x)
             self._keep(f"{name}.input", x)
         for name, g in gradients.items():
             self.output_grams[name] = add_product(self.output_grams.get(name), g, g)
-            self.norms.setdefault(name, []).append(g.flatten(0, -2).square().sum(-1))
             self._keep(name, g)
 
     def sample(self, name: str) -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ class _Seen:
 
     def _keep(self, key: str, rows: Tensor) -> None:
         # a copy: a view would keep all tokens in memory
-        self._samples.setdefault(key, []).append(rows.flatten(0, -2)[:: self.stride].clone())
+        self._samples.setdefault(key, []).append(rows[:: self.stride].clone())
 
 
 def _wide(layer: nn.Module, kwargs: dict[str, Any], device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

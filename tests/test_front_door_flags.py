@@ -42,6 +42,8 @@ BAD_FLAGS = {
     "another machine": ({"DEV": "tpu"}, "unknown --DEV tpu: use cpu, cuda or cuda:N"),
     "a card that is no number": ({"DEV": "cuda:first"}, "unknown --DEV cuda:first"),
     "a card that is absent": ({"DEV": "cuda:99"}, "--DEV cpu works everywhere"),
+    "a fold of nothing": ({"fold": True}, "--fold is for --mode pifa"),
+    "a bench in no time": ({"mode": "bench", "bench_seconds": 0}, "--bench_seconds takes a time above 0"),
     "an abbreviation": ({"overall": 0.2}, "unrecognized arguments: --overall"),
     "an unknown flag": ({"sparsity": 0.2}, "unrecognized arguments: --sparsity"),
 }

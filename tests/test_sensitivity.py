@@ -200,14 +200,30 @@ def test_curves_are_evaluated_on_evenly_spaced_tokens_and_whitened_by_all(batch,
         assert tiny.relative(sensitivity.output_gram, g.T @ g) < 1e-4  # of all tokens
 
 
-def test_a_sample_does_not_hold_the_memory_of_all_tokens():
-    seen = component.profile._Seen(DecoderLayer("layer", (("a",),), frozenset()), stride=8)
+def test_a_sample_does_not_hold_the_memory_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(component.profile, "CURVE_TOKENS", 16)
+    profiling = Profiling(torch.zeros(4, 32, dtype=torch.int64), CPU, seed=0)  # every eighth of 128 tokens
+    seen = component.profile._Seen(DecoderLayer("layer", (("a",),), frozenset()), profiling)
     for seed in (1, 2):
         seen.add({"a": tiny.rand(2, 32, 5, seed=seed)}, {"a": tiny.rand(2, 32, 7, seed=seed)})
     assert [part.untyped_storage().nbytes() for parts in seen._samples.values() for part in parts] == [
         8 * 8 * width for width in (5, 5, 7, 7)
     ]
     assert [tuple(sample.shape) for sample in seen.sample("a")] == [(16, 5), (16, 7)]
+
+
+def test_thinning_leaves_every_second_token_out_of_moments_and_curves_but_scores_all():
+    tokens = {"a": tiny.rand(2, 8, 5, seed=1)}, {"a": tiny.rand(2, 8, 7, seed=2)}
+    seen = component.profile._Seen(
+        DecoderLayer("layer", (("a",),), frozenset()), Profiling(torch.zeros(2, 8), CPU, seed=0, thinning=2)
+    )
+    seen.add(*tokens)
+    x, g = (part["a"].flatten(0, 1) for part in tokens)
+    assert tiny.relative(seen.input_grams["a"], x[::2].T @ x[::2]) < 1e-6
+    assert tiny.relative(seen.output_grams["a"], g[::2].T @ g[::2]) < 1e-6
+    assert torch.equal(seen.sample("a")[1], g[::2])
+    scores = g.square().sum(1)
+    assert torch.allclose(seen.token_scores(("a",), torch.zeros(2, 8)).flatten(), scores / scores.mean())
 
 
 def test_what_is_stored_is_read_back(tmp_path):
