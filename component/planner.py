@@ -29,9 +29,7 @@ from utils.layers import DecoderLayer, uncalled_linears
 log = logging.getLogger("pifa")
 
 DRAFT_WINDOWS = 8
-THINNING = (
-    2  # of the profile: neighbouring tokens say much the same, and it has to stay cheaper than the pass it serves
-)
+MOMENT_TOKENS = 65536  # a profile of more is thinned: neighbours say much the same, and it has to stay the cheaper pass
 
 
 @dataclass(frozen=True)
@@ -136,13 +134,14 @@ def profile_for(
     if options.allocation not in PROFILED and shrinkages == (None,) and not weighs_tokens:
         return None
     rows = job.windows[: options.profile_nsamples]
+    thinning = -(-rows.numel() // MOMENT_TOKENS)
     settings = {
         "model": options.model,
         "weights": job.identity["weights"],
         "windows_sha256": files.hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
-        "thinning": THINNING,
+        "thinning": thinning,
         "draft": draft and draft.identity,
     }
     hashed = files.hash_of(settings)
@@ -150,7 +149,7 @@ def profile_for(
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None
     return make_profile(
-        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers, THINNING)
+        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers, thinning)
     )
 
 
