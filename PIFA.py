@@ -1,6 +1,7 @@
 """The front door: flags in, one mode called, one result record out."""
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -10,7 +11,13 @@ from typing import NoReturn
 
 from utils.errors import RunError, UsageError
 
-MODES = ("m", "pifa", "ppl", "generate", "bench")
+MODES = {  # -> module and function; only that of the mode asked for is imported
+    "m": ("component.compress", "run"),
+    "pifa": ("component.convert", "run"),
+    "ppl": ("evaluater", "run_ppl"),
+    "generate": ("evaluater", "run_generate"),
+    "bench": ("component.bench", "run"),
+}
 ON_CPU = {"pruning_nsamples": 16, "reconstruct_nsamples": 16, "model_seq_len": 512}
 MOST_PROFILED = 64  # windows: the profile keeps the hidden states of every layer
 ON_GPU = {"pruning_nsamples": 128, "reconstruct_nsamples": 128, "model_seq_len": 2048}
@@ -136,7 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     options = build_parser().parse_args(argv)
     options.command = shlex.join(["python", "PIFA.py", *argv])
-    _check_choice("--mode", options.mode, MODES)
+    _check_choice("--mode", options.mode, tuple(MODES))
     _check_choice("--prune", options.prune, PRUNERS)
     _check_choice("--dtype", options.dtype, tuple(DTYPES))
     _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
@@ -260,20 +267,9 @@ def _fill_device(options: argparse.Namespace) -> None:
 
 def run(argv: list[str]) -> dict:
     """One command as a function: flags in, result record out. Raises: UsageError, RunError."""
-    import component.bench
-    import component.compress
-    import component.convert
-    import evaluater
-
     options = parse(argv)
-    modes = {
-        "m": component.compress.run,
-        "pifa": component.convert.run,
-        "ppl": evaluater.run_ppl,
-        "generate": evaluater.run_generate,
-        "bench": component.bench.run,
-    }
-    return modes[options.mode](options)
+    module, function = MODES[options.mode]
+    return getattr(importlib.import_module(module), function)(options)
 
 
 def main(argv: list[str] | None = None) -> int:

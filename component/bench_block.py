@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from component.bench_layer import PUBLISHED, TWO_FOUR, Pivoted, Shape, draw_pivots, published_pifa, two_four_row
 from component.bench_rows import Maker, Row
-from component.integration import PivotOrderLinear
-from component.linear import LowRankLinear, PIFALinear
+from component.linear import LowRankLinear, PIFALinear, PivotOrderLinear
 from component.runner_kernels import Scratch, in_order, silu_product
 from component.runner_stack import Stack
 

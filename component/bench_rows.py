@@ -83,12 +83,7 @@ def compare(case: Case, makers: Sequence[Maker], limits: Limits, seconds: float)
     peaks = {name: timing.peak_bytes(partial(row.forward, x), case.device) for name, row in able.items()}
     results = []
     for row in rows:
-        result = {
-            **case.labels,
-            "tokens": case.tokens,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "row": row.name,
-        }
+        result = {**case.described, "row": row.name}
         if row.refused:
             results.append({**result, "refused": row.refused})
             continue

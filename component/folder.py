@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import component.integration
-import component.linear
 from component.budget import Module, Plan
 from component.cost import PIVOTED, StorageFormat
 from component.integration import FORMAT_VERSION, METHOD
+from component.linear import LowRankLinear
 from utils import checkpoint as files
 from utils.layers import DecoderLayer
 
@@ -24,12 +23,8 @@ def load_layer(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: d
         if rank is not None:
             linear = layer.get_submodule(name)
             like = {"device": linear.weight.device, "dtype": dtype}
-            layer.set_submodule(
-                name,
-                component.linear.LowRankLinear(
-                    linear.in_features, linear.out_features, rank, linear.bias is not None, **like
-                ),
-            )
+            low_rank = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None, **like)
+            layer.set_submodule(name, low_rank)
     layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
 
 

@@ -6,7 +6,6 @@ Importing this file is enough. A copy of it and of its neighbours lies in every 
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.quantizers.auto import (
@@ -18,9 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .kernels import pivoted_product
-from .linear import LowRankLinear, PIFALinear
-from .linear import _is_bare as is_bare
+from .linear import LowRankLinear, PIFALinear, PivotOrderLinear
 
 METHOD = "pifa"
 FORMAT_VERSION = 1
@@ -49,17 +46,6 @@ class PIFAConfig(QuantizationConfigMixin):
         unknown = {entry["kind"] for entry in self.layers.values()} - {*KINDS, "dense"}
         if unknown:
             raise ValueError(f"unknown kind of layer in the checkpoint: {', '.join(sorted(unknown))}")
-
-
-class PivotOrderLinear(PIFALinear):
-    """A pivoted linear of a folded checkpoint: its perm is the identity, so that outputs go on as they come."""
-
-    def forward(self, x):
-        if is_bare(self.pivot) and is_bare(self.coeff) and not torch.is_autocast_enabled(x.device.type):
-            return pivoted_product(x, self.pivot.weight, self.coeff.weight, self.bias)
-        y_pivot = self.pivot(x)
-        y = torch.cat([y_pivot, self.coeff(y_pivot)], dim=-1)
-        return y if self.bias is None else y + self.bias
 
 
 class PIFAQuantizer(HfQuantizer):

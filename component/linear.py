@@ -6,7 +6,7 @@ This file travels inside every checkpoint (see integration.py), so it imports no
 import torch
 from torch import Tensor, nn
 
-from .kernels import pifa_linear, reorder
+from .kernels import pifa_linear, pivoted_product, reorder
 
 
 class FactoredLinear(nn.Module):
@@ -95,10 +95,9 @@ class PIFALinear(FactoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         pivot, coeff = self.pivot, self.coeff
-        if _is_bare(pivot) and _is_bare(coeff) and not torch.is_autocast_enabled(x.device.type):
+        if _are_plain(pivot, coeff, x):
             return pifa_linear(x, pivot.weight, coeff.weight, self.perm, self.bias)
-        y_pivot = pivot(x)
-        y = torch.cat([y_pivot, coeff(y_pivot)], dim=-1)
+        y = _by_modules(pivot, coeff, x)
         return reorder(y, self.perm, None if self.bias is None else self.bias.to(y.dtype))
 
     def dense_weight(self) -> Tensor:
@@ -107,8 +106,30 @@ class PIFALinear(FactoredLinear):
         return torch.cat([self.pivot.weight, others]).index_select(0, self.perm)
 
 
+class PivotOrderLinear(PIFALinear):
+    """A pivoted linear of a folded checkpoint: its perm is the identity, so that outputs go on as they come."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pivot, coeff = self.pivot, self.coeff
+        if _are_plain(pivot, coeff, x):
+            return pivoted_product(x, pivot.weight, coeff.weight, self.bias)
+        y = _by_modules(pivot, coeff, x)
+        return y if self.bias is None else y + self.bias
+
+
 def _allocate(in_features, out_features, device, dtype) -> nn.Linear:
     return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=device or "cpu", dtype=dtype)
+
+
+def _are_plain(pivot: nn.Module, coeff: nn.Module, x: Tensor) -> bool:
+    """Whether the two products are those of the weights, as kernels.py computes them."""
+    return _is_bare(pivot) and _is_bare(coeff) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _by_modules(pivot: nn.Module, coeff: nn.Module, x: Tensor) -> Tensor:
+    """[y_p | y_np] through whatever the two modules have become."""
+    y_pivot = pivot(x)
+    return torch.cat([y_pivot, coeff(y_pivot)], dim=-1)
 
 
 def _is_bare(linear: nn.Module) -> bool:

@@ -76,7 +76,7 @@ class Profile:
         self.outliers: list[float] = []
         self.influence: list[float] = []
         for shard in sorted(path.name for path in folder.glob("layer-*.safetensors")):
-            tensors = files.open_shard(folder / shard)
+            tensors = files.open_shard(folder / shard, lambda name: name == "layer" or name.endswith(".loss_curves"))
             outliers, influence = tensors["layer"].tolist()
             self.outliers.append(outliers)
             self.influence.append(influence)

@@ -4,7 +4,6 @@ The solvers fit one linear at a time. Tuned together, the factors of a layer mak
 block-level refinement of AA-SVD, arXiv 2604.02119; there norms are trained too, and a token counts by its size).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from component.linear import LowRankLinear
+from component.moments import matmul_precision
 from utils.errors import RunError
 from utils.layers import map_tensors
 
@@ -84,7 +84,7 @@ def refine_layer(
     best, after, limit = found, before, math.inf
     for step, chosen in enumerate(draws(training, steps, batch, seed), start=1):
         optimiser.zero_grad()
-        with torch.enable_grad(), _tf32():
+        with torch.enable_grad(), matmul_precision("high"):  # TF32: ten bits do for a gradient
             loss({**fixed, **masters}, kwargs, chosen, wide).backward()
         norm = nn.utils.clip_grad_norm_(masters.values(), limit).item()
         limit = CLIP * norm if step == 1 else limit
@@ -161,14 +161,3 @@ def _converted(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
         return tensor.detach().to(device, dtype if tensor.is_floating_point() else None)
 
     return map_tensors(value, change)
-
-
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    """TF32 products inside: ten bits do for a gradient."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -5,12 +5,13 @@ Nothing is ever put back in order for its own sake: the function that reads the 
 where it lies. On a GPU these are Triton kernels (runner_triton.py); elsewhere the plain expressions below.
 """
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from component.kernels import HAS_TRITON
 
 SMALL_BATCH = 32  # rows up to which a product is bound by reading its weights
 
@@ -185,7 +186,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def fast_kernels(x: Tensor) -> Any:
     """runner_triton where x is on a GPU and Triton is there, else None."""
-    if not x.is_cuda or importlib.util.find_spec("triton") is None:
+    if not (x.is_cuda and HAS_TRITON):
         return None
     from component import runner_triton
 

@@ -24,8 +24,7 @@ from component.bench_layer import (
 from component.bench_model import random_model
 from component.bench_rows import Case, Row, compare, compare_training, relative_error
 from component.cost import LOW_RANK, PIVOTED
-from component.integration import PivotOrderLinear
-from component.linear import LowRankLinear, PIFALinear
+from component.linear import LowRankLinear, PIFALinear, PivotOrderLinear
 from tests import tiny
 from tests.tiny import rand, relative
 from utils import plots, timing

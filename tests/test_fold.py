@@ -12,8 +12,7 @@ import component.convert
 import PIFA
 from component.convert import foldable, note_entries, pivot_tensors
 from component.fold import permute_inputs, permute_outputs, verify
-from component.integration import PivotOrderLinear
-from component.linear import LowRankLinear, PIFALinear
+from component.linear import LowRankLinear, PIFALinear, PivotOrderLinear
 from component.pivoting import pivot
 from tests import tiny
 from tests.tiny import rand, relative

@@ -114,12 +114,6 @@ def test_watching_sees_inputs_and_outputs_and_leaves_no_hook():
     assert torch.equal(layer(x), y)
 
 
-def test_from_group_are_the_linears_called_from_there_on():
-    layer = layers.DecoderLayer("layers.0", LLAMA, frozenset())
-    assert layer.from_group(LLAMA[2]) == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert layer.from_group(LLAMA[0]) == layer.linears()
-
-
 def test_linears_that_are_never_called_are_told_apart():
     model = tiny.build()
     model.model.layers[0].spare = nn.Linear(64, 64)

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,10 @@ def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
     return max(found, key=lambda checkpoint: checkpoint.record["finished_at"])
 
 
-def open_shard(path: Path) -> dict[str, Tensor]:
-    """All tensors of a shard. Raises: UsageError where it can't be read."""
+def open_shard(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """All tensors of a shard, or those of wanted names. Raises: UsageError where it can't be read."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118 (not a dict)
 
 
 def open_tensor(path: Path, name: str) -> Tensor:

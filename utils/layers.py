@@ -33,10 +33,6 @@ class DecoderLayer:
     def linears(self) -> list[str]:
         return [name for group in self.groups for name in group]
 
-    def from_group(self, group: tuple[str, ...]) -> list[str]:
-        """The linears of `group` and of all groups called after it."""
-        return self.linears()[self.linears().index(group[0]) :]
-
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """(name, module) of each decoder layer: the longest ModuleList of the decoder that holds linears.
