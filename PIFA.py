@@ -15,10 +15,15 @@ MODES = {  # -> module and function; only that of the mode asked for is imported
     "m": ("component.compress", "run"),
     "pifa": ("component.convert", "run"),
     "ppl": ("evaluater", "run_ppl"),
-    "generate": ("evaluater", "run_generate"),
+    "eval": ("evaluater", "run_eval"),
+    "generate": ("component.generation", "run"),
+    "finetune": ("component.finetune", "run"),
+    "info": ("component.info", "run"),
+    "export": ("component.export", "run"),
     "bench": ("component.bench", "run"),
 }
 ON_CPU = {"pruning_nsamples": 16, "reconstruct_nsamples": 16, "model_seq_len": 512}
+LEAST = {"heldout_nsamples": 0, "tune": 0, "refine_steps": 0, "num_fewshot": 0, "save_steps": 0, "model_seq_len": 2}
 MOST_PROFILED = 64  # windows: the profile keeps the hidden states of every layer
 ON_GPU = {"pruning_nsamples": 128, "reconstruct_nsamples": 128, "model_seq_len": 2048}
 
@@ -39,6 +44,8 @@ class NamedDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
+    from component.aliases import add_aliases
+
     parser = OneLineParser(
         prog="PIFA.py",
         description="Compress a LLaMA model without retraining: low-rank factors (m), pivots (pifa), judge (ppl).",
@@ -67,7 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--attn_ratio", type=float, help="fraction removed in attention; the MLP balances it (type: chosen if left out)"
     )
-    add("--allocation", help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: kl)")
+    add(
+        "--allocation",
+        help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: kl with exact M, else uniform)",
+    )
     add("--rank_multiple", type=int, default=1, help="ranks are multiples of it where they reach it")
     add("--owl", action="store_true", help="selects owl; with --attn_ratio the paper's MPIFA_NS")
     add("--use_pifa", action=argparse.BooleanOptionalAction, default=True, help="ranks by the cost of pivoted storage")
@@ -79,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     method = parser.add_argument_group("how (m)")
     add = method.add_argument
-    add("--prune", default="svd-llm", help="where factors start from: svd-llm or svd")
-    add("--reconstruct_step", type=int, help="left out: exact M (svd: 0); 0 none, 1 U, 2 U then V, -1 V")
+    add("--prune", default="svd-llm", help="where factors start from: svd-llm, svd or asvd")
+    add("--reconstruct_step", type=int, help="left out: exact M (svd, asvd: 0); 0 none, 1 U, 2 U then V, -1 V")
     add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
     add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")
     add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
@@ -114,8 +124,47 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_seq_len", type=int, help="tokens per window (default: 2048, on CPU 512)")
     add("--eval_batch_size", type=int, default=4, help="windows per forward pass")
     add("--eval_nsamples", type=int, help="evaluate on the first N windows only (default: all)")
-    add("--prompt", default="The meaning of life is", help="generate: the text to continue")
-    add("--max_new_tokens", type=int, default=40, help="generate: how far")
+
+    words = parser.add_argument_group("text (generate)")
+    add = words.add_argument
+    add("--prompt", help="the text to continue; - reads it from the terminal or a pipe (default: the terminal, if any)")
+    add("--prompt_file", help="file with the text to continue")
+    add("--max_new_tokens", type=int, default=40, help="how far")
+    add("--temperature", type=float, default=0.0, help="of sampling, seeded by --seed; 0: the likeliest token")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the prompt is a message to answer (default: where the tokenizer has a chat template)",
+    )
+
+    tasks = parser.add_argument_group("zero-shot tasks (eval)")
+    add = tasks.add_argument
+    add("--tasks", nargs="+", help="names of the lm-evaluation-harness, such as arc_easy piqa")
+    add("--task_path", help="folder with own tasks, as the harness describes them")
+    add("--num_fewshot", type=int, help="examples before each question (default: the task's own)")
+    add("--task_limit", type=int, help="judge on the first N documents of a task only (default: all)")
+
+    tuning = parser.add_argument_group("how (finetune); left out: SVD-LLM's recipe for LoRA, PIFA's for --order full")
+    add = tuning.add_argument
+    add("--order", help="sequential (adapters on U, then on V; the default), joint, or full (all factors themselves)")
+    add("--data_path", nargs="+", help="instructions (.json, .jsonl), texts or named datasets; NAME:0.02 is its share")
+    add("--lora_r", type=int, help="rank of the adapters (default: 8)")
+    add("--lora_alpha", type=float, help="their scale times their rank (default: 16)")
+    add("--lora_dropout", type=float, help="on their input (default: 0.05)")
+    add("--num_epochs", type=float, help="of each stage (default: 2; full: by --max_steps)")
+    add("--max_steps", type=int, help="of each stage (default: by --num_epochs; full: 1000)")
+    add("--learning_rate", type=float, help="after warm-up; it falls linearly (default: 1e-4; full: 3e-6)")
+    add("--warmup_ratio", type=float, help="fraction of the steps (default: 0.05)")
+    add("--batch_size", type=int, help="rows per step (default: 64; full: 128)")
+    add("--micro_batch_size", type=int, help="rows per forward pass (default: 4; full: 1)")
+    add("--cutoff_len", type=int, help="tokens of a row (default: 256; full: 1024)")
+    add("--compute_dtype", help="float32 or bfloat16, of the forward pass (default: bfloat16 on a GPU)")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--save_steps", type=int, default=100, help="steps between what --resume goes on from; 0: never")
+
+    exporting = parser.add_argument_group("how (export)")
+    exporting.add_argument("--format", default="transformers", help="a dense folder (transformers), or a gguf file")
 
     speed = parser.add_argument_group("speed and memory (bench)")
     add = speed.add_argument
@@ -131,17 +180,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         help="written and evaluated: float32, float16 or bfloat16 (default: float32 on CPU, else the source's)",
     )
+    add(
+        "--host_memory",
+        type=float,
+        help="GiB of hidden states in host memory; more is mapped from files beside the checkpoint (default: no limit)",
+    )
+    add_aliases(parser)
     return parser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
+    from component.aliases import expand
+    from component.export import FORMATS
     from component.solvers import PRUNERS
     from component.tuning import tunable
     from utils.data import check_name
     from utils.models import DTYPES
 
-    options = build_parser().parse_args(argv)
+    expanded = expand(argv)
+    options = build_parser().parse_args(expanded)
     options.command = shlex.join(["python", "PIFA.py", *argv])
     _check_choice("--mode", options.mode, tuple(MODES))
     _check_choice("--prune", options.prune, PRUNERS)
@@ -151,9 +209,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options.model = "smollm2"
     if options.fold and options.mode != "pifa":
         raise UsageError("--fold is for --mode pifa")
+    _check_choice("--format", options.format, FORMATS)
     _fill_density(options)
-    _fill_allocation(options)
     _fill_method(options)
+    _fill_allocation(options)
     if options.tune and not tunable(options):
         raise UsageError("--tune has nothing to choose here: it needs a reconstruction or --allocation kl")
     for dataset in options.dataset or []:
@@ -178,11 +237,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "tune",
         "refine_steps",
         "max_new_tokens",
+        "num_fewshot",
+        "task_limit",
+        "save_steps",
     ):
         value = getattr(options, name)
-        least = {"model_seq_len": 2, "heldout_nsamples": 0, "tune": 0, "refine_steps": 0}.get(name, 1)
+        least = LEAST.get(name, 1)
         if value is not None and value < least:
             raise UsageError(f"--{name} {value} is below {least}")
+    if not 0 <= options.temperature < float("inf"):
+        raise UsageError(f"--temperature {options.temperature:g} is no number from 0 on")
+    if options.host_memory is not None and not options.host_memory >= 0:
+        raise UsageError(f"--host_memory {options.host_memory:g} is no number from 0 on")
     if options.bench_seconds is not None and options.bench_seconds <= 0:
         raise UsageError("--bench_seconds takes a time above 0")
     return options
@@ -236,14 +302,18 @@ def _fill_density(options: argparse.Namespace) -> None:
 
 
 def _fill_allocation(options: argparse.Namespace) -> None:
-    """--attn_ratio selects type, --owl owl, both together owl times type; another explicit one is refused."""
+    """--attn_ratio selects type, --owl owl, both together owl times type; another explicit one is refused.
+
+    Else the published methods have the same density everywhere, as the papers do, and exact M the best ranks.
+    """
     from component.allocation import ALLOCATIONS
+    from component.solvers import EXACT
 
     implied = "owl" if options.owl else "type" if options.attn_ratio is not None else None
     flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))
     if implied and options.allocation not in (None, implied):
         raise UsageError(f"{flags} selects --allocation {implied} and can't go with {options.allocation}")
-    options.allocation = options.allocation or implied or "kl"
+    options.allocation = options.allocation or implied or ("kl" if options.reconstruct_step is EXACT else "uniform")
     if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
         raise UsageError(
             f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
@@ -282,7 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         print(f"PIFA.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    print(json.dumps(record, sort_keys=True))
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one answers
+        print(json.dumps(record, sort_keys=True))
     return 0
 
 

@@ -1,5 +1,7 @@
-"""Judges a model: perplexity and generated text. Knows nothing of how the model was made."""
+"""Judges a model: perplexity, zero-shot tasks. Knows nothing of how the model was made."""
 
+import importlib.metadata
+import importlib.util
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +15,9 @@ from tqdm import tqdm
 from utils import checkpoint as files
 from utils import data, models, report
 from utils.attention import repeat_heads
-from utils.errors import RunError
+from utils.errors import RunError, UsageError
+
+EVAL_REQUIREMENTS = "requirements-eval.txt"
 
 
 class Perplexity(NamedTuple):
@@ -49,21 +53,6 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int) -> Perplexity
     return Perplexity(values.mean().exp().item(), windows.numel(), len(windows), windows.numel() / seconds)
 
 
-@torch.no_grad()
-def continue_text(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """Greedy continuation of a prompt, the prompt included."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
-    # the tokenizer may know no padding token; generation of a single sequence needs none
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
-
-
 def run_ppl(options: Namespace) -> dict[str, Any]:
     """--mode ppl: perplexity on each --dataset; returns the result record."""
     texts = [data.read_text(name, "test") for name in options.dataset or [None]]
@@ -75,7 +64,7 @@ def run_ppl(options: Namespace) -> dict[str, Any]:
         )
         for text in texts
     }
-    model, watch, record = _load(options, source)
+    model, watch, record = load_judged(options, source)
     if record["dtype"] == "float32" and watch.device.type == "cuda":
         repeat_heads(model)
     results = {name: perplexity(model, rows, options.eval_batch_size) for name, rows in windows.items()}
@@ -94,14 +83,76 @@ def run_ppl(options: Namespace) -> dict[str, Any]:
     }
 
 
-def run_generate(options: Namespace) -> dict[str, Any]:
-    """--mode generate: prints a greedy continuation of --prompt; returns the result record."""
+def run_eval(options: Namespace) -> dict[str, Any]:
+    """--mode eval: tasks of the lm-evaluation-harness; prints its measures and returns the result record.
+
+    Raises: UsageError without the harness, or for a task that it does not know.
+    """
+    names, manager = _tasks(options)
     source = find_model(options)
     tokenizer = models.load_tokenizer(source)
-    model, watch, record = _load(options, source)
-    text = continue_text(model, tokenizer, options.prompt, options.max_new_tokens)
-    print(text)
-    return {**record, "mode": "generate", "prompt": options.prompt, "text": text, **watch.readings()}
+    model, watch, record = load_judged(options, source)
+    results = zero_shot(model, tokenizer, names, manager, options)
+    rows = [[name, measure, value] for name, found in results.items() for measure, value in found.items()]
+    print(report.markdown_table(["task", "measure", "value"], rows))
+    return {
+        **record,
+        "mode": "eval",
+        "dataset": ", ".join(results),
+        "tasks": results,
+        "num_fewshot": options.num_fewshot,
+        "task_limit": options.task_limit,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        **watch.readings(),
+    }
+
+
+def _tasks(options: Namespace) -> tuple[list[str], Any]:
+    """The tasks' names and the harness's manager, which also knows those of --task_path."""
+    if not options.tasks:
+        raise UsageError(
+            "--mode eval needs --tasks, such as --tasks arc_easy piqa; --task_path names a folder of own ones"
+        )
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError(f"--mode eval needs the lm-evaluation-harness: pip install -r {EVAL_REQUIREMENTS}")
+    if options.task_path is not None and not Path(options.task_path).is_dir():
+        raise UsageError(f"no such folder of tasks: {options.task_path}")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=options.task_path)
+    unknown = [name for name in options.tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise UsageError(
+            f"unknown task {unknown[0]}: `lm_eval ls tasks` lists them, --task_path adds a folder of own ones"
+        )
+    return options.tasks, manager
+
+
+def zero_shot(
+    model: Any, tokenizer: Any, names: list[str], manager: Any, options: Namespace
+) -> dict[str, dict[str, float]]:
+    """Task -> measure -> value, by the lm-evaluation-harness on the model as it is in memory."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.eval_batch_size)
+    found: Any = lm_eval.simple_evaluate(
+        model=judged,
+        tasks=names,
+        task_manager=manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.task_limit,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+        bootstrap_iters=100,  # some measures have no standard error but by resampling
+        log_samples=False,
+    )
+    return {
+        task: {name.removesuffix(",none"): value for name, value in measures.items() if isinstance(value, float)}
+        for task, measures in found["results"].items()
+    }
 
 
 def find_model(options: Namespace) -> models.Source:
@@ -121,8 +172,8 @@ def find_model(options: Namespace) -> models.Source:
     return models.Source(found.folder.name, str(found.folder))
 
 
-def _load(options: Namespace, source: models.Source) -> tuple[Any, report.Stopwatch, dict[str, Any]]:
-    """The model on its device, a running stopwatch, and what every record of this file starts with."""
+def load_judged(options: Namespace, source: models.Source) -> tuple[Any, report.Stopwatch, dict[str, Any]]:
+    """The model on its device, a running stopwatch, and what every record of a judged model starts with."""
     device = torch.device(options.DEV)
     watch = report.Stopwatch(device)
     compressed = (Path(source.location) / files.MANIFEST).is_file()

@@ -1,5 +1,6 @@
 """--mode m: a dense model in, a folder of low-rank factors out."""
 
+import contextlib
 import logging
 import tempfile
 from argparse import Namespace
@@ -13,8 +14,10 @@ from torch import nn
 
 from component.folder import densities, files_beside, folder_config, layer_entries, load_layer, rest_of
 from component.job import Job, prepare
+from component.parallel import Team, team_for
 from component.plan import plan_as_json
 from component.planner import (
+    Means,
     Planner,
     announce,
     attention_densities,
@@ -27,72 +30,113 @@ from component.planner import (
 from component.streaming import Flows, Refinement, compress_layers
 from component.tuning import Recipe, candidates, choose, held_out_perplexity, tunable
 from utils import checkpoint as files
-from utils import models, report
+from utils import report
 from utils.attention import repeat_heads
 from utils.checkpoint import CheckpointWriter
-from utils.layers import describe_layers
+from utils.endings import one_line_endings
+from utils.errors import UsageError
+from utils.layers import HeldLayers, describe_layers
+from utils.placement import Shelf
+from utils.source_weights import open_model
 
 log = logging.getLogger("pifa")
 
 BATCH_TOKENS = 8192  # calibration tokens that go through a layer at once
 
 
+@one_line_endings()
 def run(options: Namespace) -> dict[str, Any]:
-    """Compress --model and write the checkpoint; returns the result record. Everything is checked before the work."""
-    device = torch.device(options.DEV)
-    watch = report.Stopwatch(device)
-    job = prepare(options)
-    folder, dtype = job.folder, job.dtype
-    if folder.exists() and files.is_finished(folder):
-        log.warning("%s is finished already", folder)
-        return files.read_checkpoint(folder).record
+    """Compress --model and write the checkpoint; returns the result record. Everything is checked before the work.
 
-    model = models.load_model(job.source, dtype)
+    Under torchrun every process calls this, with the same flags; the first one writes.
+    """
+    with team_for(torch.device(options.DEV)) as (team, device):
+        watch = report.Stopwatch(device)
+        job = _prepared(options, team)
+        if team.agreed(job.folder.exists() and files.is_finished(job.folder)):
+            log.warning("%s is finished already", job.folder)
+            return files.read_checkpoint(job.folder).record
+        with contextlib.ExitStack() as held:
+            writer = None
+            if team.first:
+                writer = held.enter_context(CheckpointWriter(job.folder, job.identity["hash"], options.resume))
+            record = _compress(job, writer, watch, team)
+        return team.agreed(record)
+
+
+def _prepared(options: Namespace, team: Team) -> Job:
+    """The first process checks, and fetches what there is to fetch; the others then find its folder begun."""
+    if team.size > 1 and options.refine_steps:
+        raise UsageError("--refine_steps tunes on all windows at once: start it without torchrun")
+    if team.first:
+        job = prepare(options)
+        team.wait()
+        return job
+    log.setLevel(logging.WARNING)  # one process says it all
+    team.wait()
+    return prepare(Namespace(**{**vars(options), "resume": True}))
+
+
+def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch, team: Team) -> dict[str, Any]:
+    """writer: None in all processes but the first."""
+    options, folder, dtype, device = job.options, job.folder, job.dtype, watch.device
+    limit = options.host_memory
+    shelf = Shelf(None if limit is None else int(limit * report.GIB), folder.parent)
+    model, source = open_model(job.source, dtype)
     if device.type == "cuda":
         repeat_heads(model)
-    described = describe_layers(model)
+    described = describe_layers(model, source)
     modules = modules_of(model, described)
     check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
-    announce(options, model, modules, flows, device)
+    announce(options, model, described, modules, flows, device, isinstance(source, HeldLayers))
     start, names = recipe_of(options), tunable(options)
-    loaded = watch.seconds()
     recipes = candidates(start, names, max(options.tune, 1))
-    planner = Planner(options, modules, device, profile_for(job, model, described, recipes, device, batch))
+    means = Means(device, batch, source, shelf, team)
+    loaded = watch.seconds()
+    planner = Planner(options, modules, device, profile_for(job, model, described, recipes, means))
     for number in range(2, options.passes + 1):
-        draft = draft_of(planner, start, job, model, described, device, batch, number)
-        planner = replace(planner, profile=profile_for(job, model, described, recipes, device, batch, draft))
+        draft = draft_of(planner, start, job, model, described, means, number)
+        planner = replace(planner, profile=profile_for(job, model, described, recipes, means, draft))
     profiled = watch.seconds()
     refinement = Refinement(options.refine_steps, start.drift_factor, options.seed) if options.refine_steps else None
 
     def compressed(recipe: Recipe, finished=lambda index, layer: False) -> Iterator[tuple[int, nn.Module]]:
         plan, solver = planner.plan(recipe), planner.solver(recipe)
-        return compress_layers(model, described, plan, solver, flows, device, dtype, finished, refinement)
+        what = model, described, plan, solver, flows, device, dtype
+        return compress_layers(*what, finished, refinement, source, shelf, team)
 
     def judge(recipe: Recipe) -> float:
-        return held_out_perplexity(model, compressed(recipe), job.held_out, device, batch)
+        return team.agreed(held_out_perplexity(model, compressed(recipe), job.held_out, device, batch))
 
-    chosen = files.settled(folder)
+    chosen = team.agreed(writer and writer.settled)
     if chosen is None:
         recipe, tuned = choose(start, attention_densities(options, modules), names, options.tune, judge)
         chosen = {"recipe": asdict(recipe), "tuned": tuned}
     recipe = Recipe(**chosen["recipe"])
     plan = planner.plan(recipe)
-    writer = CheckpointWriter(folder, job.identity["hash"], options.resume)
-    writer.settle(chosen)
+    if writer:
+        writer.settle(chosen)
+    shards = [files.layer_shard(index) for index in range(len(described))]
+    done = team.agreed(writer and {shard for shard in shards if writer.finished(shard)})
 
     def finished(index: int, layer: nn.Module) -> bool:
-        shard = files.layer_shard(index)
-        if not writer.finished(shard):
-            return False
-        load_layer(layer, described[index], plan, files.open_shard(folder / shard), dtype)
-        return True
+        if shards[index] in done:
+            load_layer(layer, described[index], plan, files.open_shard(folder / shards[index]), dtype)
+        return shards[index] in done
 
+    timed = next((index for index, shard in enumerate(shards) if shard not in done), None)
+    before = watch.seconds()
     for index, layer in compressed(recipe, finished):
-        shard = files.layer_shard(index)
-        if not writer.finished(shard):
-            writer.write(shard, {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()})
+        if writer and shards[index] not in done:
+            writer.write(shards[index], {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()})
+        if index == timed:
+            one, left = watch.seconds() - before, len(described) - index - 1
+            log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
+        before = watch.seconds()
+    if writer is None:
+        return {}
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
 
@@ -104,6 +148,7 @@ def run(options: Namespace) -> dict[str, Any]:
     return writer.seal(
         {
             **settings_of(job, recipe, chosen["tuned"]),
+            **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
             **watch.readings(),
             **densities(folder, entries, planner.storage, options.density),

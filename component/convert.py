@@ -21,6 +21,7 @@ from utils import checkpoint as files
 from utils import models, report
 from utils.channels import Junction, LayerProbe, Skeleton
 from utils.checkpoint import Checkpoint, CheckpointWriter
+from utils.endings import one_line_endings
 from utils.errors import UsageError
 
 log = logging.getLogger("pifa")
@@ -28,13 +29,13 @@ log = logging.getLogger("pifa")
 Entries = dict[str, dict[str, Any]]  # the `layers` of the quantization config
 
 
+@one_line_endings()
 def run(options: Namespace) -> dict[str, Any]:
     """Pivot the low-rank checkpoint at --model_path and write `<its folder>-pifa`; returns the result record.
 
     With --fold, channels that go on to another linear are left in pivot order, and the folder is `<...>-pifa-fold`.
     """
-    device = torch.device(options.DEV)
-    watch = report.Stopwatch(device)
+    watch = report.Stopwatch(torch.device(options.DEV))
     source = _source(options)
     dtype = options.dtype or source.record["dtype"]
     folding = options.fold
@@ -46,8 +47,15 @@ def run(options: Namespace) -> dict[str, Any]:
         return files.read_checkpoint(folder).record
     source.verify()
 
+    with CheckpointWriter(folder, flags_hash, options.resume) as writer:
+        return _convert(options, source, writer, dtype, watch)
+
+
+def _convert(
+    options: Namespace, source: Checkpoint, writer: CheckpointWriter, dtype: str, watch: report.Stopwatch
+) -> dict[str, Any]:
+    folder, device, folding = writer.folder, watch.device, options.fold
     skeleton = _skeleton(source) if folding else None
-    writer = CheckpointWriter(folder, flags_hash, options.resume)
     entries = {name: dict(entry) for name, entry in source.layers.items()}
     for shard in tqdm(sorted(source.manifest["shards"]), desc="pivot", unit="shard"):
         tensors = files.open_shard(source.folder / shard)

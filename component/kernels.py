@@ -134,8 +134,18 @@ def _product(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
     return z
 
 
-def _product_fake(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
-    return _unset(x, pivot.shape[0], coeff.shape[0])[0]
+def _operator(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
+    """The product for compilers, which take a result with padding around it for one without: it is copied out of it."""
+    return _without_padding(_product(x, pivot, coeff), _Padding.of(x, len(pivot), len(coeff)))
+
+
+def _operator_fake(x: Tensor, pivot: Tensor, coeff: Tensor) -> Tensor:
+    z, _, padding = _unset(x, len(pivot), len(coeff))
+    return _without_padding(z, padding)
+
+
+def _without_padding(z: Tensor, padding: _Padding) -> Tensor:
+    return z.contiguous() if any(padding) else z
 
 
 def _product_setup(ctx, inputs, output) -> None:
@@ -224,8 +234,8 @@ def _one_token_fake(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias:
 def _register() -> None:
     if hasattr(torch.ops.pifa, "product"):
         return  # a checkpoint's copy of this file may come after the installed one
-    product = torch.library.custom_op("pifa::product", _product, mutates_args=())
-    product.register_fake(_product_fake)
+    product = torch.library.custom_op("pifa::product", _operator, mutates_args=())
+    product.register_fake(_operator_fake)
     product.register_autograd(_product_backward, setup_context=_product_setup)
     one = torch.library.custom_op("pifa::one_token", _one_token, mutates_args=())
     one.register_fake(_one_token_fake)

@@ -14,12 +14,14 @@ class Moments:
 
     (d_in, d_in) each: gram: G = X_u X_u^T of the low-rank flow. cross: C = X_o X_u^T. dense_gram: X_o X_o^T of the
     dense flow. drift: (H_o - H_u) X_u^T, (width, d_in), with H the residual stream that the module writes into.
+    dense_magnitude: (d_in,), the sum of |x| of the dense flow by channel.
     """
 
     gram: Tensor | None = None
     cross: Tensor | None = None
     dense_gram: Tensor | None = None
     drift: Tensor | None = None
+    dense_magnitude: Tensor | None = None
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -29,6 +31,12 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """
     product = (left.flatten(0, -2).float().T @ right.flatten(0, -2).float()).double()
     return product if total is None else total.add_(product)
+
+
+def add_magnitude(total: Tensor | None, x: Tensor) -> Tensor:
+    """total + the sum of |x| over tokens, in float64. x: (..., d), any float dtype; total: (d,) or None for zero."""
+    magnitude = x.flatten(0, -2).abs().sum(0, dtype=torch.float64)
+    return magnitude if total is None else total.add_(magnitude)
 
 
 def full_precision() -> contextlib.AbstractContextManager[None]:

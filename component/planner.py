@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from component.allocation import ALLOCATIONS, PROFILED, attention_range, mlp_den
 from component.budget import RANK_FLOOR, Budget, Module, Plan
 from component.cost import LOW_RANK, PIVOTED, StorageFormat
 from component.job import Job
+from component.parallel import Team
 from component.plan import read_plan
 from component.profile import Profile, Profiling, make_profile
 from component.sensitivity import output_weighting
@@ -24,12 +25,16 @@ from component.tuning import ATTENTION_STEP, Recipe, searches_attention
 from utils import checkpoint as files
 from utils import report
 from utils.errors import UsageError
-from utils.layers import DecoderLayer, uncalled_linears
+from utils.estimate import Shapes, Work, estimate
+from utils.layers import DecoderLayer, LayerSource, uncalled_linears
+from utils.placement import Shelf
 
 log = logging.getLogger("pifa")
 
 DRAFT_WINDOWS = 8
-MOMENT_TOKENS = 65536  # a profile of more is thinned: neighbours say much the same, and it has to stay the cheaper pass
+THINNING = (
+    2  # of the profile: neighbouring tokens say much the same, and it has to stay cheaper than the pass it serves
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,17 @@ class Draft:
     layers: list[nn.Module]
     identity: dict[str, Any]
     suffix: str  # of its profile's folder, where the user names that of the first
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the work is done with. batch: windows through a layer at once; source, shelf, team: see compress_layers."""
+
+    device: torch.device
+    batch: int
+    source: LayerSource
+    shelf: Shelf = field(default_factory=Shelf)
+    team: Team = field(default_factory=Team)
 
 
 @dataclass(frozen=True)
@@ -120,37 +136,38 @@ def profile_for(
     model: PreTrainedModel,
     described: list[DecoderLayer],
     recipes: list[Recipe],
-    device: torch.device,
-    batch: int,
+    means: Means,
     draft: Draft | None = None,
 ) -> Profile | None:
     """The profile that these recipes need, if they do: made here, or taken from an earlier run.
 
-    draft: of the compressed model, whose gradients then count in place of the original's.
-    """
+    draft: of the compressed model, whose gradients then count in place of the original's."""
     options = job.options
     shrinkages = tuple(dict.fromkeys(recipe.output_shrinkage for recipe in recipes))
     weighs_tokens = any(recipe.token_power for recipe in recipes)
     if options.allocation not in PROFILED and shrinkages == (None,) and not weighs_tokens:
         return None
     rows = job.windows[: options.profile_nsamples]
-    thinning = -(-rows.numel() // MOMENT_TOKENS)
     settings = {
         "model": options.model,
         "weights": job.identity["weights"],
         "windows_sha256": files.hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
-        "thinning": thinning,
+        "thinning": THINNING,
         "draft": draft and draft.identity,
     }
     hashed = files.hash_of(settings)
     given = options.profiling_mat_path and options.profiling_mat_path + (draft.suffix if draft else "")
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None
-    return make_profile(
-        folder, hashed, model, described, Profiling(rows, device, options.seed, shrinkages, batch, layers, thinning)
-    )
+    profiling = Profiling(rows, means.device, options.seed, shrinkages, means.batch, layers, THINNING)
+    profile = None
+    for turn in range(means.team.size):  # the first process makes it, the others read it, one after the other
+        if turn == means.team.rank:
+            profile = make_profile(folder, hashed, model, described, profiling, means.source, means.shelf)
+        means.team.wait()
+    return profile
 
 
 def draft_of(
@@ -159,8 +176,7 @@ def draft_of(
     job: Job,
     model: PreTrainedModel,
     described: list[DecoderLayer],
-    device: torch.device,
-    batch: int,
+    means: Means,
     number: int,
 ) -> Draft:
     """The model as pass `number` - 1 would make it, from a few windows: enough to see what matters behind it.
@@ -172,8 +188,10 @@ def draft_of(
         raise UsageError("--passes 2 is for what reads a profile, such as --allocation kl")
     windows = job.windows[:DRAFT_WINDOWS]
     plan, solver = planner.plan(recipe), planner.solver(recipe)
-    flows = Flows(windows, len(windows), len(windows), batch)
-    layers = [layer.cpu() for _, layer in compress_layers(model, described, plan, solver, flows, device, job.dtype)]
+    flows = Flows(windows, len(windows), len(windows), means.batch)
+    what = model, described, plan, solver, flows, means.device, job.dtype
+    driver = compress_layers(*what, source=means.source, shelf=means.shelf, team=means.team)
+    layers = [layer.cpu() for _, layer in driver]
     identity = {
         "profile": planner.profile.identity,
         "plan": plan,
@@ -208,20 +226,28 @@ def modules_of(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Mo
     return modules
 
 
-def announce(options, model: PreTrainedModel, modules: list[Module], flows: Flows, device: torch.device) -> None:
-    """What is about to be done, and whether it fits."""
+def announce(
+    options: Namespace,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    modules: list[Module],
+    flows: Flows,
+    device: torch.device,
+    whole: bool,
+) -> None:
+    """What is about to be done, and what it takes. whole: all layers are in memory."""
     log.info(
         "density %g (ratio removed %g), %d linears, %d windows of %d tokens on %s",
         options.density, 1 - options.density, len(modules), *flows.windows.shape, device,
     )  # fmt: skip
-    embeddings: Any = model.get_input_embeddings()
-    width = embeddings.weight.shape[1]
-    size = next(model.parameters()).element_size()
-    states = 2 * flows.windows.numel() * width * size
-    moments = 3 * max(module.d_in for module in modules) ** 2 * 8
-    log.info("hidden states %.2f GiB in host memory, moments %.2f GiB", states / report.GIB, moments / report.GIB)
-    if states > report.available_memory():
-        log.warning("that is more host memory than is free: use fewer windows (--reconstruct_nsamples)")
+    shapes, work = shapes_of(model, described, modules), work_of(options, modules, flows)
+    limit = options.host_memory
+    found = estimate(shapes, work, device.type == "cuda", None if limit is None else int(limit * report.GIB), whole)
+    parts = {"device memory": found.device, "host memory": found.host, "disk": found.disk}
+    said = ", ".join(f"{part} {size / report.GIB:.2f} GiB" for part, size in parts.items() if size is not None)
+    log.info("estimate: %s (of it %.2f GiB hidden states while it runs)", said, found.mapped / report.GIB)
+    if found.host > report.available_memory():
+        log.warning("that is more host memory than is free: use fewer windows, or --host_memory to map them from files")
     tokens = flows.reconstruction * flows.windows.shape[1]
     rows = max(module.d_in for module in modules)
     if tokens < rows:
@@ -229,3 +255,46 @@ def announce(options, model: PreTrainedModel, modules: list[Module], flows: Flow
             "%d calibration tokens for Gram matrices of %d rows: at least %d windows would be needed",
             tokens, rows, -(-rows // flows.windows.shape[1]),
         )  # fmt: skip
+
+
+def shapes_of(model: PreTrainedModel, described: list[DecoderLayer], modules: list[Module]) -> Shapes:
+    """Of the layer with most numbers."""
+    shape = {module.name: (module.d_out, module.d_in) for module in modules}
+
+    def groups_of(layer: DecoderLayer) -> tuple[tuple[tuple[int, int], ...], ...]:
+        return tuple(tuple(shape[f"{layer.name}.{name}"] for name in group) for group in layer.groups)
+
+    embeddings: Any = model.get_input_embeddings()
+    layers = tuple(f"{layer.name}." for layer in described)
+    rest = sum(tensor.numel() for name, tensor in model.named_parameters() if not name.startswith(layers))
+    largest = max(described, key=lambda layer: sum(m * n for group in groups_of(layer) for m, n in group))
+    attention = sum(group[0] in largest.attention for group in largest.groups)
+    return Shapes(
+        width=embeddings.weight.shape[1],
+        layers=len(described),
+        groups=groups_of(largest),
+        attention=attention,
+        rest=rest,
+        size=embeddings.weight.element_size(),
+    )
+
+
+def work_of(options: Namespace, modules: list[Module], flows: Flows) -> Work:
+    """As the flags ask for it, with ranks as uniform allocation gives them."""
+    recipe = recipe_of(options)
+    solver = make_solver(options.prune, options.reconstruct_step, recipe.old_output_factor, recipe.drift_factor)
+    storage = PIVOTED if options.use_pifa else LOW_RANK
+    ranks = uniform(Budget(modules, options.density, storage))
+    length = flows.windows.shape[1]
+    profiles = options.allocation in PROFILED or recipe.output_shrinkage is not None or recipe.token_power
+    two = solver.needs_low_rank_flow
+    return Work(
+        tokens=flows.needed_by(solver).numel(),
+        batch_tokens=min(flows.batch, len(flows.windows)) * length,
+        flows=2 if two else 1,
+        states=2 + bool(options.refine_steps) if two else 1,
+        profiled=min(options.profile_nsamples, len(flows.windows)) * length if profiles else 0,
+        square=solver.needs_dense_gram + solver.needs_gram + solver.needs_cross,
+        drift=int(solver.needs_drift),
+        stored=sum(LOW_RANK.stored(ranks[module.name], module.d_out, module.d_in) for module in modules),
+    )

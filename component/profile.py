@@ -5,6 +5,7 @@ moment of its output gradients, and how much each token matters to it. The hidde
 the card where they fit; of a layer's activations only moments and a sample.
 """
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,19 @@ from component.moments import add_product, full_precision
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
 from utils import checkpoint as files
 from utils.errors import RunError
-from utils.layers import DecoderLayer, layer_inputs, logits_from, map_tensors, rest_on, run_layer, watching
-from utils.placement import home
+from utils.layers import (
+    CPU,
+    DecoderLayer,
+    HeldLayers,
+    LayerSource,
+    layer_inputs,
+    logits_from,
+    map_tensors,
+    rest_on,
+    run_layer,
+    watching,
+)
+from utils.placement import Empty, Shelf
 
 CURVE_TOKENS = 16384  # evenly spaced tokens on which the loss curves are evaluated; all of 131,072 gave the same ranks
 
@@ -99,7 +111,13 @@ class Profile:
 
 
 def make_profile(
-    folder: Path, identity: str, model: PreTrainedModel, described: list[DecoderLayer], profiling: Profiling
+    folder: Path,
+    identity: str,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    profiling: Profiling,
+    source: LayerSource | None = None,
+    shelf: Shelf | None = None,
 ) -> Profile:
     """Profile the model into `folder`, or take what an earlier run with the same identity finished there.
 
@@ -107,46 +125,56 @@ def make_profile(
     """
     names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
     weighted = any(shrinkage is not None for shrinkage in profiling.shrinkages)
-    resume = folder.exists()
-    writer = files.CheckpointWriter(folder, identity, resume)
-    if not files.is_finished(folder):
-        for index, measured in profile_layers(model, described, profiling):
-            tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
-            for name, sensitivity in measured.linears.items():
-                tensors[f"{name}.loss_curves"] = sensitivity.loss_curves
-                if weighted:  # large, and of use to the weighting alone; bfloat16 is finer than its sampling noise
-                    tensors[f"{name}.output_gram"] = packed(sensitivity.output_gram).bfloat16()
-            tensors.update({f"{name}.token_scores": scores for name, scores in measured.token_scores.items()})
-            writer.write(files.layer_shard(index), tensors)
-        writer.seal({"kind": "profile", "windows": list(profiling.windows.shape)})
+    with files.CheckpointWriter(folder, identity, resume=folder.exists()) as writer:
+        shards = [files.layer_shard(index) for index in range(len(described))]
+        if not files.is_finished(folder) or not all(writer.finished(shard) for shard in shards):
+            for index, measured in profile_layers(model, described, profiling, source, shelf):
+                tensors = {"layer": torch.tensor([measured.outliers, measured.influence], dtype=torch.float64)}
+                for name, sensitivity in measured.linears.items():
+                    tensors[f"{name}.loss_curves"] = sensitivity.loss_curves
+                    if weighted:  # large, and of use to the weighting alone; bfloat16 is finer than its sampling noise
+                        tensors[f"{name}.output_gram"] = packed(sensitivity.output_gram).bfloat16()
+                tensors.update({f"{name}.token_scores": scores for name, scores in measured.token_scores.items()})
+                writer.write(files.layer_shard(index), tensors)
+            writer.seal({"kind": "profile", "windows": list(profiling.windows.shape)})
     return Profile(folder, identity, names, profiling.shrinkages)
 
 
 def profile_layers(
-    model: PreTrainedModel, described: list[DecoderLayer], profiling: Profiling
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    profiling: Profiling,
+    source: LayerSource | None = None,
+    shelf: Shelf | None = None,
 ) -> Iterator[tuple[int, LayerProfile]]:
     """Yield (index, profile) for every decoder layer, the last one first.
 
-    Float32 throughout: gradients in half precision vanish.
+    Float32 throughout: gradients in half precision vanish. source: of the layers, where the model does not hold them.
+    shelf: for the hidden states between all layers.
     """
+    source = source or HeldLayers(model)
     windows, device, batch = profiling.windows, profiling.device, profiling.batch
-    layers = profiling.layers if profiling.layers else [model.get_submodule(layer.name) for layer in described]
     hidden, keywords = layer_inputs(model, windows)
-    place = home((len(layers) + 3) * hidden.float().nbytes, device)
-    states = [hidden.to(place, torch.float32)]
+    empty = (shelf or Shelf()).room((len(described) + 3) * hidden.numel() * torch.float32.itemsize, device)
+    states = [empty(hidden.shape, torch.float32).copy_(hidden)]
     with torch.no_grad(), full_precision():
-        for layer, kwargs in zip(tqdm(layers, desc="profile", unit="layer"), keywords, strict=True):
-            wide, kwargs = _wide(layer, kwargs, device)
-            outputs = [run_layer(wide, part.to(device), kwargs).to(place) for part in states[-1].split(batch)]
-            states.append(torch.cat(outputs))
+        for index, names in enumerate(tqdm(described, desc="profile", unit="layer")):
+            given = contextlib.nullcontext(profiling.layers[index]) if profiling.layers else None
+            with given or source.filled(names.name, CPU) as layer:
+                wide, kwargs = _wide(layer, keywords[index], device)
+            states.append(empty(hidden.shape, torch.float32))
+            for part, after in zip(states[-2].split(batch), states[-1].split(batch), strict=True):
+                after.copy_(run_layer(wide, part.to(device), kwargs))
             if not torch.isfinite(states[-1]).all():
-                raise RunError(f"{_culprit(wide, described[len(states) - 2].name)} is not finite")
+                raise RunError(f"{_culprit(wide, names.name)} is not finite")
     influence = [angular_influence(*pair) for pair in itertools.pairwise(states)]
-    gradient = _output_gradients(model, states.pop(), profiling)
-    for index in tqdm(reversed(range(len(layers))), total=len(layers), desc="sensitivities", unit="layer"):
+    gradient = _output_gradients(model, states.pop(), profiling, empty)
+    for index in tqdm(reversed(range(len(described))), total=len(described), desc="sensitivities", unit="layer"):
         names = described[index]
-        wide, kwargs = _wide(layers[index], keywords[index], device)
-        weights = _weights(model.get_submodule(names.name), names.linears(), device)
+        with source.filled(names.name, CPU) as original:
+            weights = _weights(original, names.linears(), device)
+            layer = profiling.layers[index] if profiling.layers else original
+            wide, kwargs = _wide(layer, keywords[index], device)
         with full_precision():
             seen = _Seen(names, profiling)
             gradient = _backward(wide, seen, states.pop(), gradient, kwargs, profiling)
@@ -220,29 +248,31 @@ def _weights(layer, names: list[str], device: torch.device) -> dict[str, Tensor]
     return {name: layer.get_submodule(name).weight.detach().to(device) for name in names}
 
 
-def _output_gradients(model, states: Tensor, profiling: Profiling) -> Tensor:
+def _output_gradients(model, states: Tensor, profiling: Profiling, empty: Empty) -> Tensor:
     """Gradient of the log-likelihood of labels drawn from the model, with respect to the last layer's output."""
     windows, device = profiling.windows, profiling.device
     draw = torch.Generator(device=device).manual_seed(profiling.seed)
-    gradients = []
+    gradients = empty(states.shape, states.dtype)
     with rest_on(model, device), full_precision():
-        for window, hidden in zip(windows, states, strict=True):
+        for window, hidden, gradient in zip(windows, states, gradients, strict=True):
             hidden = hidden[None].to(device).requires_grad_(True)
             scores = logits_from(model, window[None].to(device), hidden)[0].float().log_softmax(-1)
             labels = torch.multinomial(scores.detach().exp(), 1, generator=draw)
-            gradients.append(torch.autograd.grad(scores.gather(-1, labels).sum(), hidden)[0].to(states.device))
-    return torch.cat(gradients)
+            gradient.copy_(torch.autograd.grad(scores.gather(-1, labels).sum(), hidden)[0][0])
+    return gradients
 
 
 def _backward(
     layer: nn.Module, seen: _Seen, states: Tensor, gradient: Tensor, kwargs: dict[str, Any], profiling: Profiling
 ) -> Tensor:
-    """Batch by batch forward and backward through the layer, into `seen`; the gradient of the layer's own input."""
+    """Batch by batch forward and backward through the layer, into `seen`; the gradient of the layer's own input.
+
+    The gradient of the output is overwritten by it.
+    """
     names = seen.described.linears()
     firsts = {group[0] for group in seen.described.groups}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    earlier = []
 
     def see(name: str, x: Tensor, y: Tensor) -> None:
         outputs[name] = y
@@ -255,9 +285,9 @@ def _backward(
             output = run_layer(layer, hidden, kwargs)
             wanted = [hidden, *(outputs[name] for name in names)]
             found = torch.autograd.grad(output, wanted, incoming.to(profiling.device))
-            earlier.append(found[0].to(states.device))
             seen.add(inputs, dict(zip(names, found[1:], strict=True)))
-    return torch.cat(earlier)
+            incoming.copy_(found[0])  # now that nobody needs it: gradients of outputs may be views of it
+    return gradient
 
 
 def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[float | None, ...]):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from component.moments import Moments
 from component.reconstruction import EXACT_DAMPING, alternating_factors, exact_factors, target_moment
-from component.whitening import plain_factors, whitened_factors
+from component.whitening import plain_factors, scaled_factors, whitened_factors
 
-PRUNERS = ("svd-llm", "svd")
+PRUNERS = ("svd-llm", "svd", "asvd")
 EXACT = None  # --reconstruct_step left out
 PLAIN = {"drift_factor": 0.0, "output_shrinkage": 1.0, "token_power": 0.0}  # the papers' methods have none of these
 TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of exact M, chosen on held-out text
@@ -28,7 +28,13 @@ class Solver:
     needs_gram: bool = False
     needs_cross: bool = False
     needs_drift: bool = False
+    needs_dense_magnitude: bool = False
     token_weights: Callable[[str], Tensor] | None = None
+
+    @property
+    def needs_dense_flow(self) -> bool:
+        """Whether it reads moments of the dense flow alone, which come from the windows for whitening."""
+        return self.needs_dense_gram or self.needs_dense_magnitude
 
     @property
     def needs_low_rank_flow(self) -> bool:
@@ -36,7 +42,7 @@ class Solver:
 
 
 def default_step(prune: str) -> int | None:
-    """The exact minimiser ignores the factors it starts from, so only svd-llm defaults to it; svd is left as it is."""
+    """The exact minimiser ignores the factors it starts from: it is svd-llm's default, and not of svd or asvd."""
     return EXACT if prune == "svd-llm" else 0
 
 
@@ -67,6 +73,9 @@ def make_solver(
     def start(weight: Tensor, moments: Moments, rank: int, name: str):
         if prune == "svd":
             return plain_factors(weight, rank)
+        if prune == "asvd":
+            assert moments.dense_magnitude is not None
+            return scaled_factors(weight, moments.dense_magnitude, rank, name)
         assert moments.dense_gram is not None
         return whitened_factors(weight, moments.dense_gram, rank, name)
 
@@ -75,12 +84,14 @@ def make_solver(
         factors = start(weight, moments, rank, name)
         return alternating_factors(weight, target_of(weight, moments), moments.gram, factors, step, name)
 
-    whitened = prune == "svd-llm"
+    starts = step is not EXACT  # which ignores the factors to start from
+    whitened, scaled = starts and prune == "svd-llm", starts and prune == "asvd"
     if step == 0:
-        return Solver(start, needs_dense_gram=whitened)
+        return Solver(start, needs_dense_gram=whitened, needs_dense_magnitude=scaled)
     return Solver(
         exact if step is EXACT else alternating,
-        needs_dense_gram=whitened and step is not EXACT,
+        needs_dense_gram=whitened,
+        needs_dense_magnitude=scaled,
         needs_gram=True,
         needs_cross=mix_ratio > 0,
         needs_drift=drift_ratio > 0,

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from component.budget import Plan
 from component.linear import LowRankLinear
 from component.lockstep import Stop, lockstep
-from component.moments import Moments, add_product, full_precision
+from component.moments import Moments, add_magnitude, add_product, full_precision
+from component.parallel import Team
 from component.refinement import refine_layer
 from component.solvers import Solver
 from utils.errors import RunError
-from utils.layers import DecoderLayer, layer_inputs, map_tensors, run_layer
-from utils.placement import home
+from utils.layers import DecoderLayer, HeldLayers, LayerSource, layer_inputs, map_tensors, run_layer
+from utils.placement import Shelf
 
 log = logging.getLogger("pifa")
 
@@ -42,8 +43,8 @@ class Refinement:
 class Flows:
     """How the calibration windows are used. windows: (count, length) int64.
 
-    whitening and reconstruction count from the first window on: how many feed the dense flow's Gram matrix, and how
-    many the two-flow moments. batch: windows that go through a layer at once.
+    whitening and reconstruction count from the first window on: how many feed the moments of the dense flow alone, and
+    how many the two-flow moments. batch: windows that go through a layer at once.
     """
 
     windows: Tensor
@@ -55,7 +56,7 @@ class Flows:
         """The windows that go through the layers; a solver that looks at no data still needs a layer's keywords."""
         if solver.needs_low_rank_flow:
             return self.windows
-        return self.windows[: self.whitening] if solver.needs_dense_gram else self.windows[:1, :1]
+        return self.windows[: self.whitening] if solver.needs_dense_flow else self.windows[:1, :1]
 
 
 def compress_layers(
@@ -68,39 +69,54 @@ def compress_layers(
     dtype: torch.dtype,
     finished: Callable[[int, nn.Module], bool] = lambda index, layer: False,
     refinement: Refinement | None = None,
+    source: LayerSource | None = None,
+    shelf: Shelf | None = None,
+    team: Team | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Yield (index, layer) for every decoder layer, its linears replaced by low-rank ones at the ranks of `plan`.
 
-    The model stays as it was, on the CPU. Groups are solved in call order, each seeing what the ones before it
+    The model stays as it was. Groups are solved in call order, each seeing what the ones before it
     became. `finished(index, layer)` may fill a layer, a copy of the dense one, from an earlier run and return True:
     it is then not solved again, and the flows go through it. dtype: of the new layers' weights. refinement: of solved
-    layers, where both flows run.
+    layers, where both flows run. source: of the dense layers, where the model itself does not hold them. shelf:
+    for the hidden states. team: the processes that share the windows and the solving; all of them yield all layers.
 
     Raises: RunError naming the module where a moment or a factor is not finite.
     """
-    layers = [model.get_submodule(layer.name) for layer in described]
-    dense_states, keywords = layer_inputs(model, flows.needed_by(solver))
-    dense_states = dense_states.to(home(2 * dense_states.nbytes, device))
-    # the first layer sees the same input in both flows
-    low_rank_states = dense_states.clone() if solver.needs_low_rank_flow else None
+    source = source or HeldLayers(model)
+    shelf, team = shelf or Shelf(), team or Team()
+    windows, first = flows.needed_by(solver), 0
+    if solver.needs_low_rank_flow or solver.needs_dense_flow:
+        first, end = team.share(len(windows))
+        windows = windows[first:end]
+    tensors = (3 if refinement else 2) if solver.needs_low_rank_flow else 1
+    dense_states, keywords = layer_inputs(model, windows, lambda size: shelf.room(tensors * size, device))
+    empty = shelf.room(tensors * dense_states.nbytes, device)
 
-    for index, (layer, names) in enumerate(zip(tqdm(layers, desc="compress", unit="layer"), described, strict=True)):
-        dense = layer.to(device)
-        small = copy.deepcopy(dense)
+    def copied(states: Tensor) -> Tensor:
+        return empty(states.shape, states.dtype).copy_(states)
+
+    # the first layer sees the same input in both flows
+    low_rank_states = copied(dense_states) if solver.needs_low_rank_flow else None
+    before = copied(dense_states) if refinement and low_rank_states is not None else None  # the layer under way
+
+    for index, names in enumerate(tqdm(described, desc="compress", unit="layer", disable=not team.first)):
         kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
         ranks = {name: plan[f"{names.name}.{name}"] for name in names.linears()}
-        with torch.no_grad(), full_precision():
+        with source.filled(names.name, device) as dense, torch.no_grad(), full_precision():
+            small = copy.deepcopy(dense)
             if not finished(index, small):
-                before = None if refinement is None or low_rank_states is None else low_rank_states.clone()
-                _solve_layer(dense, small, names, ranks, solver, flows, (dense_states, low_rank_states), kwargs, dtype)
-                if refinement and low_rank_states is not None and before is not None:
-                    low_rank_states.copy_(before)
-                    _refine(dense, small, refinement, (dense_states, low_rank_states), kwargs, flows.batch, names.name)
-            elif index + 1 < len(layers):
+                if before is not None and low_rank_states is not None:
+                    before.copy_(low_rank_states)
+                flow_states = dense_states, low_rank_states
+                _solve_layer(dense, small, names, ranks, solver, flows, flow_states, kwargs, dtype, team, first)
+                if refinement and before is not None and low_rank_states is not None:
+                    states = dense_states, before, low_rank_states
+                    _refine(dense, small, refinement, states, kwargs, flows.batch, names.name)
+            elif index + 1 < len(described):
                 advance(dense, dense_states, kwargs, flows.batch)
                 if low_rank_states is not None:
                     advance(small, low_rank_states, kwargs, flows.batch)
-        layer.to("cpu")
         yield index, small
 
 
@@ -114,8 +130,13 @@ def _solve_layer(
     states: tuple[Tensor, Tensor | None],
     kwargs: dict[str, Any],
     dtype: torch.dtype,
+    team: Team,
+    first: int,
 ) -> None:
-    """Replace the linears of `small`, a copy of `dense`, and the hidden states of both flows by the layers' outputs."""
+    """Replace the linears of `small`, a copy of `dense`, and the hidden states of both flows by the layers' outputs.
+
+    first: number of the window that this process's states begin with.
+    """
     groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
     batches = [[] if flow is None else list(flow.split(flows.batch)) for flow in states]
@@ -124,14 +145,21 @@ def _solve_layer(
             moments = Moments()
             weights = solver.token_weights(f"{described.name}.{group[0]}") if solver.token_weights else None
             low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None)
-            start = 0
+            start = first
             for dense_stop, stop in zip(dense_flow.at(group[0]), low_rank, strict=False):
                 add_moments(moments, dense_stop, stop, solver, flows, weights, start)
                 start += dense_stop.windows
-            for name in group:
+            device = next(small.parameters()).device
+            team.add_up(moments, device)
+            found = {}
+            mine = [name for number, name in enumerate(group) if number % team.size == team.rank]
+            for name in mine:
                 rank = ranks[name]
                 if rank is not None:
-                    _replace(small, name, rank, solver, moments, f"{described.name}.{name}", dtype)
+                    found[name] = _solved(small, name, rank, solver, moments, f"{described.name}.{name}")
+            for number, name in enumerate(group):
+                if ranks[name] is not None:
+                    _replace(small, name, team.factors(found.get(name), number % team.size, device), dtype)
         for passes, parts in zip((dense_flow, flow), batches, strict=True):
             for part, output in zip(parts, passes.outputs(), strict=True):
                 part.copy_(output)
@@ -141,19 +169,21 @@ def _refine(
     dense: nn.Module,
     small: nn.Module,
     refinement: Refinement,
-    states: tuple[Tensor, Tensor],
+    states: tuple[Tensor, Tensor, Tensor],
     kwargs: dict[str, Any],
     batch: int,
     name: str,
 ) -> None:
-    """states: the dense flow behind the layer, the low-rank flow before it; the latter is then led through it."""
-    behind, low_rank = states
-    targets = low_rank.clone()
+    """states: the dense flow behind the layer, the low-rank flow before it, and behind it, which is then made anew."""
+    behind, before, after = states
+    targets = after  # nobody looks at what it holds any more
+    targets.copy_(before)
     advance(dense, targets, kwargs, batch)
     targets.lerp_(behind, refinement.drift_ratio)
-    losses = refine_layer(small, low_rank, targets, kwargs, refinement.steps, batch, seed=refinement.seed, name=name)
+    losses = refine_layer(small, before, targets, kwargs, refinement.steps, batch, seed=refinement.seed, name=name)
     log.info("%s refined: relative error %.4g -> %.4g", name, *losses)
-    advance(small, low_rank, kwargs, batch)
+    after.copy_(before)
+    advance(small, after, kwargs, batch)
 
 
 def add_moments(
@@ -174,9 +204,12 @@ def add_moments(
         """The windows that count, (windows, length, d): some families flatten windows and length for a while."""
         return x.reshape(dense.windows, -1, x.shape[-1])[: max(limit - start, 0)]
 
-    if solver.needs_dense_gram and start < flows.whitening:
+    if solver.needs_dense_flow and start < flows.whitening:
         x = rows(dense.x, flows.whitening)
-        moments.dense_gram = add_product(moments.dense_gram, x, x)
+        if solver.needs_dense_gram:
+            moments.dense_gram = add_product(moments.dense_gram, x, x)
+        if solver.needs_dense_magnitude:
+            moments.dense_magnitude = add_magnitude(moments.dense_magnitude, x)
     if low_rank is None or start >= flows.reconstruction:
         return
     x_low_rank = weighted = rows(low_rank.x, flows.reconstruction)
@@ -191,13 +224,21 @@ def add_moments(
         moments.drift = add_product(moments.drift, drift, weighted)
 
 
-def _replace(layer: nn.Module, name: str, rank: int, solver: Solver, moments: Moments, what: str, dtype) -> None:
+def _solved(
+    layer: nn.Module, name: str, rank: int, solver: Solver, moments: Moments, what: str
+) -> tuple[Tensor, Tensor]:
     linear = layer.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     u, v = solver.solve(linear.weight, moments, rank, what)
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise RunError(f"{what}: the solver returned factors that are not finite")
-    layer.set_submodule(name, LowRankLinear.from_factors(u, v, linear.bias, dtype))
+    return u, v
+
+
+def _replace(layer: nn.Module, name: str, factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    layer.set_submodule(name, LowRankLinear.from_factors(*factors, linear.bias, dtype))
 
 
 def advance(layer: nn.Module, states: Tensor, kwargs: dict[str, Any], batch: int) -> None:

@@ -314,19 +314,22 @@ def test_other_flags_cannot_resume_a_folder(arguments, compressed, tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "taken").mkdir()
+    mine = tmp_path / "taken" / "thesis.txt"
+    mine.write_text("mine")
     for resume, message in [(False, "nothing is ever overwritten"), (True, "holds no run of this tool")]:
-        with pytest.raises(UsageError, match=message):
-            files.CheckpointWriter(tmp_path / "taken", "hash", resume)
-    assert list((tmp_path / "taken").iterdir()) == []
+        with pytest.raises(UsageError, match=message), files.CheckpointWriter(tmp_path / "taken", "hash", resume):
+            pass
+    assert list((tmp_path / "taken").iterdir()) == [mine]
 
 
 def test_a_file_that_fails_to_be_written_leaves_nothing(tmp_path):
-    writer = files.CheckpointWriter(tmp_path / "new", "hash", False)
-    shared = torch.zeros(4)
-    with pytest.raises(RuntimeError):
-        writer.write("a.safetensors", {"one": shared, "two": shared})  # safetensors refuses shared memory
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["manifest.json"]
-    assert not writer.finished("a.safetensors")
+    with files.CheckpointWriter(tmp_path / "new", "hash", False) as writer:
+        shared = torch.zeros(4)
+        with pytest.raises(RuntimeError):
+            writer.write("a.safetensors", {"one": shared, "two": shared})  # safetensors refuses shared memory
+        assert {path.name for path in (tmp_path / "new").iterdir()} == {"manifest.json", ".lock"}
+        assert not writer.finished("a.safetensors")
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- reading

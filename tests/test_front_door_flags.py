@@ -17,7 +17,7 @@ REPOSITORY = Path(PIFA.__file__).parent
 BAD_FLAGS = {
     "mode": ({"mode": "compress"}, "unknown --mode compress: use one of m, pifa, ppl"),
     "dataset": ({"dataset": "wikitext3"}, "unknown dataset wikitext3: use one of wikitext2"),
-    "pruner": ({"prune": "magnitude"}, "unknown --prune magnitude: use one of svd-llm, svd"),
+    "pruner": ({"prune": "magnitude"}, "unknown --prune magnitude: use one of svd-llm, svd, asvd"),
     "allocation": ({"allocation": "equal"}, "unknown --allocation equal: use one of uniform, type"),
     "dtype": ({"dtype": "int8"}, "unknown --dtype int8: use one of float32"),
     "reconstruct_step": ({"reconstruct_step": 3}, "unknown --reconstruct_step 3: use one of 0, 1, 2, -1"),
@@ -58,7 +58,7 @@ def test_bad_flags(mistake, arguments, tmp_path, bad):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("mode", ["m", "pifa", "ppl", "generate"])
+@pytest.mark.parametrize("mode", ["m", "pifa", "ppl", "generate", "eval", "info", "export"])
 def test_flags_are_checked_in_every_mode(mode, arguments, bad):
     bad(arguments(mode, eval_batch_size=0), "--eval_batch_size 0 is below 1")
 
@@ -102,7 +102,8 @@ def test_help_tells_every_flag(capsys):
         reconstruct_step old_output_factor pruning_nsamples reconstruct_nsamples seed dataset model_seq_len
         eval_batch_size eval_nsamples DEV dtype rank_multiple heldout_nsamples tune drift_factor output_shrinkage
         profile_nsamples profiling_mat_path owl prompt max_new_tokens token_power ridge passes refine_steps fold
-        bench_what bench_dims bench_tokens bench_seconds"""
+        bench_what bench_dims bench_tokens bench_seconds prompt_file temperature chat tasks task_path num_fewshot
+        task_limit format step ratio whitening_nsamples updating_nsamples lora"""
     assert [flag for flag in flags.split() if f"--{flag} " not in text and f"--{flag}," not in text] == []
 
 
@@ -110,7 +111,9 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
     command = [sys.executable, REPOSITORY / "PIFA.py", "--mode", "compress"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == ["PIFA.py: unknown --mode compress: use one of m, pifa, ppl, generate, bench"]
+    assert result.stderr.splitlines() == [
+        "PIFA.py: unknown --mode compress: use one of m, pifa, ppl, eval, generate, finetune, info, export, bench"
+    ]
 
 
 def test_the_default_density_is_that_of_a_ratio_of_a_fifth(arguments, tmp_path, good):

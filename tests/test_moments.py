@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from component.moments import add_product, full_precision
+from component.moments import add_magnitude, add_product, full_precision
 from tests.tiny import rand, relative
 
 
@@ -16,6 +16,17 @@ def test_batches_add_up_to_the_whole(batch, dtype):
         total = add_product(total, part_left, part_right)
     assert total.dtype == torch.float64
     assert relative(total, left.reshape(35, 4).double().T @ right.reshape(35, 3).double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_magnitudes_of_batches_add_up_to_the_whole(batch, dtype):
+    x = rand(5, 7, 4).to(dtype)
+    total = None
+    for part in x.split(batch):
+        total = add_magnitude(total, part)
+    assert total.dtype == torch.float64
+    torch.testing.assert_close(total, x.reshape(35, 4).double().abs().sum(0), rtol=1e-12, atol=0)
 
 
 def test_a_small_batch_counts_beside_a_large_total():

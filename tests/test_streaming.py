@@ -181,7 +181,7 @@ def test_solvers_ask_only_for_the_moments_they_read(prune, step):
 
 def test_default_steps():
     """Exact M does not look at the factors it starts from, so plain SVD would not be plain any more."""
-    assert {prune: default_step(prune) for prune in PRUNERS} == {"svd-llm": None, "svd": 0}
+    assert {prune: default_step(prune) for prune in PRUNERS} == {"svd-llm": None, "svd": 0, "asvd": 0}
 
 
 @pytest.mark.parametrize("method", ["exact", "W", "W+M"])

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.whitening import plain_factors, truncate, whitened_factors
+from component.whitening import plain_factors, scaled_factors, truncate, whitened_factors
 from tests.tiny import gram_of, rand, relative
+from utils.errors import RunError
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
 
@@ -89,3 +90,38 @@ def test_one_sample_is_kept_exactly():
 def test_factors_are_balanced(factors):
     u, v = factors(rand(8, 6), 3)
     torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1), rtol=1e-9, atol=1e-9)
+
+
+@given(SIZES, st.data())
+def test_scaled_factors_are_asvd_by_hand(sizes, data):
+    """W' = [W S]_r S^-1 with S = diag(mean |x|)^alpha; sums in place of means change nothing."""
+    m, n, seed = sizes
+    rank, alpha = data.draw(st.integers(1, min(m, n))), data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    weight, x = rand(m, n, seed=seed), rand(n, 3 * n, seed=seed + 1)
+    scale = x.abs().mean(1) ** alpha
+    expected = truncated_svd(weight * scale, rank) / scale
+    u, v = scaled_factors(weight, x.abs().sum(1), rank, alpha=alpha)
+    assert u.shape == (m, rank) and v.shape == (rank, n) and u.dtype == v.dtype == torch.float64
+    torch.testing.assert_close(u @ v, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_scaled_factors_use_the_square_root_unless_told_otherwise():
+    weight, magnitude = rand(8, 6), torch.arange(1.0, 7.0, dtype=torch.float64)
+    u, v = scaled_factors(weight, magnitude, 3)
+    torch.testing.assert_close(u @ v, truncated_svd(weight * magnitude.sqrt(), 3) / magnitude.sqrt())
+
+
+@pytest.mark.parametrize("dead", [[1, 4], [0, 1, 2, 3, 4, 5]])
+def test_scaled_factors_survive_dead_channels(dead):
+    magnitude = torch.arange(1.0, 7.0, dtype=torch.float64)
+    magnitude[dead] = 0
+    weight = rand(8, 6)
+    u, v = scaled_factors(weight, magnitude, 3)
+    assert torch.isfinite(u).all() and torch.isfinite(v).all()
+    if len(dead) == 6:
+        torch.testing.assert_close(u @ v, truncated_svd(weight, 3), rtol=1e-9, atol=1e-9)
+
+
+def test_scaled_factors_of_magnitudes_that_are_not_finite_are_refused():
+    with pytest.raises(RunError, match=r"a\.q_proj"):
+        scaled_factors(rand(3, 2), torch.tensor([1.0, float("inf")]), 1, "a.q_proj")

@@ -1,7 +1,8 @@
 """Checkpoint folders: shards, hashes, manifest, resume. Plain transformers folders, written file by file.
 
 Every file appears under its name only when it is whole: it is written beside it and renamed. `manifest.json` holds
-the hash of the flags and the sha256 of each shard; `finished_at` in `pifa.json` marks a finished run.
+the hash of the flags and the sha256 of each shard; `finished_at` in `pifa.json` marks a finished run. One process
+writes a folder at a time (lock.py).
 """
 
 import contextlib
@@ -15,16 +16,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.endings import no_room
 from utils.errors import UsageError
+from utils.lock import LOCK, locked
 
 MANIFEST, RECORD, INDEX = "manifest.json", "pifa.json", "model.safetensors.index.json"
 REST = "rest.safetensors"
+PARTIAL = ".partial"
 METHOD = "pifa"
 
 
@@ -47,15 +51,28 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: UsageError where it holds no JSON object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # of the decoders of characters and of JSON
+        raise UsageError(f"{path} is damaged ({error}): move its folder away and start again") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is damaged: move its folder away and start again")
+    return value
+
+
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block ends well, and goes away when it does not."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except SafetensorError as error:  # its file errors are not OSErrors
+        raise no_room(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,18 +80,47 @@ def _whole(path: Path) -> Iterator[Path]:
 class CheckpointWriter:
     """Writes one checkpoint folder shard by shard, and knows which shards an earlier, interrupted run finished.
 
-    Raises: UsageError where the folder exists and `resume` is not set, belongs to other flags, or can't be written.
+    A context manager: inside, the folder is this process's alone. A run that got nowhere leaves no folder.
+
+    Raises: UsageError where the folder exists and `resume` is not set, belongs to other flags, can't be written or is
+    being written by another process.
     """
 
     def __init__(self, folder: Path, flags_hash: str, resume: bool):
         self.folder = folder
         self.manifest: dict[str, Any] = {"flags": flags_hash, "shards": {}}
-        check_target(folder, flags_hash, resume)
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / MANIFEST).is_file():
-            self.manifest = json.loads((folder / MANIFEST).read_text())
-        else:
-            write_json(folder / MANIFEST, self.manifest)
+        self._resume = resume
+        self._made: list[Path] = []  # folders that were not there before, from the innermost one
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        flags_hash = self.manifest["flags"]
+        check_target(self.folder, flags_hash, self._resume)
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(self.folder))
+            check_target(self.folder, flags_hash, True)  # nobody else can change it now
+            for left in self.folder.glob(f".*{PARTIAL}"):
+                left.unlink()
+            if (self.folder / MANIFEST).is_file():
+                self.manifest = read_json(self.folder / MANIFEST)
+            else:
+                write_json(self.folder / MANIFEST, self.manifest)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.ExitStack() as after:
+            if self.manifest.keys() == {"flags", "shards"} and not self.manifest["shards"]:
+                after.callback(_remove_empty, self._made or [self.folder])
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+            self._held.close()
+
+    @property
+    def settled(self) -> dict[str, Any] | None:
+        """What an interrupted run in this folder had chosen, if it had."""
+        return self.manifest.get("settled")
 
     def finished(self, shard: str) -> bool:
         """Whether the shard is there, whole and unharmed."""
@@ -91,7 +137,7 @@ class CheckpointWriter:
         write_json(self.folder / MANIFEST, self.manifest)
 
     def settle(self, choices: dict[str, Any]) -> None:
-        """Note what was chosen before the first shard, so that a later run goes on with the same (see settled)."""
+        """Note what was chosen before the first shard, so that a later run goes on with the same."""
         self.manifest["settled"] = choices
         write_json(self.folder / MANIFEST, self.manifest)
 
@@ -126,9 +172,19 @@ def check_target(folder: Path, flags_hash: str, resume: bool) -> None:
     if not resume:
         raise UsageError(f"{folder} exists and nothing is ever overwritten: --resume goes on with it, or move it away")
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} exists but holds no run of this tool: move it away")
-    if json.loads((folder / MANIFEST).read_text())["flags"] != flags_hash:
+        started = {LOCK, f".{MANIFEST}{PARTIAL}"}  # all that a run leaves that was killed before its first file
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - started:
+            raise UsageError(f"{folder} exists but holds no run of this tool: move it away")
+        return
+    if read_json(folder / MANIFEST).get("flags") != flags_hash:
         raise UsageError(f"{folder} was started with other flags, another model or other data: choose another --prefix")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Each that is empty, up to the first that is not."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _accepts_files(folder: Path) -> bool:
@@ -182,19 +238,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise UsageError(f"{folder} is not a checkpoint of this tool: it has no {MANIFEST}; --mode m makes one")
     if not is_finished(folder):
         raise UsageError(f"{folder} is unfinished: run its command again with --resume")
-    config, record, manifest = (json.loads((folder / n).read_text()) for n in ("config.json", RECORD, MANIFEST))
+    config, record, manifest = (read_json(folder / name) for name in ("config.json", RECORD, MANIFEST))
     return Checkpoint(folder, config, record, manifest)
-
-
-def settled(folder: Path) -> dict[str, Any] | None:
-    """What an interrupted run in this folder had chosen, if it had."""
-    manifest = folder / MANIFEST
-    return json.loads(manifest.read_text()).get("settled") if manifest.is_file() else None
 
 
 def is_finished(folder: Path) -> bool:
     record = folder / RECORD
-    return record.is_file() and "finished_at" in json.loads(record.read_text())
+    return record.is_file() and "finished_at" in read_json(record)
 
 
 def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:

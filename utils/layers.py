@@ -1,9 +1,10 @@
 """Find a model's decoder layers, what they are given, and in each the linears that receive the same input."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.errors import UsageError
+from utils.placement import Empty
 from utils.residuals import residual_writers
 
 PROBE_LENGTH = 8  # tokens of the forward pass that shows which linears share an input
+CPU = torch.device("cpu")
 LAYERS_RETURN_TENSORS = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -32,6 +35,28 @@ class DecoderLayer:
 
     def linears(self) -> list[str]:
         return [name for group in self.groups for name in group]
+
+
+class LayerSource(Protocol):
+    """Where the drivers get a model's decoder layers from."""
+
+    def filled(self, name: str, device: torch.device) -> contextlib.AbstractContextManager[nn.Module]:
+        """The layer of this full name, on the device while the block runs."""
+
+
+class HeldLayers:
+    """Of a model that is in memory whole; layers come from the CPU and go back to it."""
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    @contextlib.contextmanager
+    def filled(self, name: str, device: torch.device) -> Iterator[nn.Module]:
+        layer = self._model.get_submodule(name).to(device)
+        try:
+            yield layer
+        finally:
+            layer.to(CPU)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -74,27 +99,37 @@ def _stubbed(layers: list[nn.Module], instead: Callable[[int, Tensor, dict], Ten
 
 
 @torch.no_grad()
-def layer_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+def layer_inputs(
+    model: PreTrainedModel, windows: Tensor, room: Callable[[int], Empty] | None = None
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """What the decoder layers are given: hidden states (windows, length, width), and keyword arguments per layer.
 
-    windows: (count, length) int64. Keywords are taken from one window: all have the same length and no padding, so
-    masks and position encodings of batch 1 hold for any batch. They differ by layer in some families.
+    windows: (count, length) int64. room: gives, for the size of the hidden states in bytes, how to make the tensor that
+    holds them; left out, they are in memory. Keywords are taken from one window: all have the same length and no
+    padding, so masks and position encodings of batch 1 hold for any batch. They differ by layer in some families.
     """
     layers = [layer for _, layer in decoder_layers(model)]
-    hidden: list[Tensor] = []
+    hidden: list[Tensor] = []  # of all windows, once the shape is known
     keywords: list[dict[str, Any]] = [{} for _ in layers]
+    numbers = itertools.count()
 
     def record(index: int, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if index == 0:
-            hidden.append(states)
+            if not hidden:
+                shape = len(windows), *states.shape[1:]
+                empty = room(len(windows) * states.nbytes) if room else None
+                hidden.append(empty(shape, states.dtype) if empty else states.new_empty(shape))
+            hidden[0][next(numbers)].copy_(states[0])
         keywords[index] = {key: value for key, value in kwargs.items() if value is not None}
         return states
 
+    embeddings: Any = model.get_input_embeddings()
+    place = embeddings.weight.device
     with _stubbed(layers, record):
         for window in windows:
             # no cache: replayed keywords would append to it
-            model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
-    return torch.cat(hidden), keywords
+            model.get_decoder()(input_ids=window[None].to(place), use_cache=False)
+    return hidden[0], keywords
 
 
 def logits_from(model: PreTrainedModel, window: Tensor, hidden: Tensor) -> Tensor:
@@ -154,8 +189,10 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def describe_layers(model: PreTrainedModel) -> list[DecoderLayer]:
+def describe_layers(model: PreTrainedModel, source: LayerSource | None = None) -> list[DecoderLayer]:
     """Find every layer's groups by one short forward pass, watching which linears receive the same tensor.
+
+    source: of the layers, where the model does not hold them.
 
     Raises: UsageError where a layer calls no linear at all.
     """
@@ -164,15 +201,16 @@ def describe_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     probe = torch.arange(PROBE_LENGTH)[None] % vocabulary
     hidden, keywords = layer_inputs(model, probe)
     described = []
-    for (name, layer), kwargs in zip(decoder_layers(model), keywords, strict=True):
-        groups = _shared_inputs(layer, hidden, kwargs)
-        if not groups:
-            raise UsageError(f"{name} calls no linear: nothing to compress")
-        # attention is what the layer calls first: every linear below the same child as the first one called
-        first_child = groups[0][0].split(".")[0]
-        linears = [linear for group in groups for linear in group]
-        attention = frozenset(linear for linear in linears if linear.split(".")[0] == first_child)
-        writers = residual_writers(layer, hidden, lambda module, kw=kwargs: run_layer(module, hidden, kw), linears)
+    for (name, _), kwargs in zip(decoder_layers(model), keywords, strict=True):
+        with (source or HeldLayers(model)).filled(name, hidden.device) as layer:
+            groups = _shared_inputs(layer, hidden, kwargs)
+            if not groups:
+                raise UsageError(f"{name} calls no linear: nothing to compress")
+            # attention is what the layer calls first: every linear below the same child as the first one called
+            first_child = groups[0][0].split(".")[0]
+            linears = [linear for group in groups for linear in group]
+            attention = frozenset(linear for linear in linears if linear.split(".")[0] == first_child)
+            writers = residual_writers(layer, hidden, lambda module, kw=kwargs: run_layer(module, hidden, kw), linears)
         described.append(DecoderLayer(name, groups, attention, writers))
     return described
 

@@ -71,7 +71,7 @@ def _smollm2_file() -> Path:
 
 def load_config(source: Source) -> transformers.PretrainedConfig:
     """The source's config. Raises: UsageError where there is none, or the model is compressed already."""
-    with _readable(source):
+    with readable(source):
         config = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "pifa":
         raise UsageError(f"{source.location} is compressed already: --model takes the original model")
@@ -89,7 +89,7 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
         arguments["use_safetensors"] = True
-    with _readable(source):
+    with readable(source):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.location,
             output_loading_info=True,
@@ -112,7 +112,7 @@ def default_dtype_name(source: Source, config: transformers.PretrainedConfig, de
 
 
 def load_tokenizer(source: Source):
-    with _readable(source):
+    with readable(source):
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments)
 
 
@@ -122,7 +122,7 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 @contextlib.contextmanager
-def _readable(source: Source) -> Iterator[None]:
+def readable(source: Source) -> Iterator[None]:
     """Turn the library's ways of not finding a model into one line."""
     try:
         yield

@@ -1,8 +1,17 @@
-"""Where tensors that grow with the number of samples live."""
+"""Where tensors that grow with the number of samples live: on the card, in host memory, or in files mapped into it."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CARD_SHARE = 0.25  # of the card's free memory
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> a tensor with any values
 
 
 def home(size: int, device: torch.device) -> torch.device:
@@ -11,3 +20,33 @@ def home(size: int, device: torch.device) -> torch.device:
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info(device)
     return device if size < CARD_SHARE * free else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Room for hidden states. limit: bytes in host memory, None for any; what takes more is mapped from files.
+
+    folder: where these files are made. They have no name there, so that they go with the process, however it ends.
+    """
+
+    limit: int | None = None
+    folder: Path | None = None
+
+    def room(self, size: int, device: torch.device) -> Empty:
+        """How to make tensors that take `size` bytes together."""
+        place = home(size, device)
+        if place.type == "cpu" and self.limit is not None and size > self.limit:
+            return self._mapped
+        return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=place)
+
+    def _mapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Raises: OSError where the disk has no room for it."""
+        numbers = torch.Size(shape).numel()
+        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".hidden-states-")
+        try:
+            # writing to a mapped hole on a full disk would end the process
+            os.posix_fallocate(descriptor, 0, max(1, numbers * dtype.itemsize))
+            return torch.from_file(name, shared=True, size=numbers, dtype=dtype).reshape(shape)
+        finally:
+            os.close(descriptor)
+            Path(name).unlink()

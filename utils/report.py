@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "gguf", "peft", "lm_eval")
 GIB = 2**30
 
 

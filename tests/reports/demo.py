@@ -75,7 +75,7 @@ def show(methods: dict[str, list[str]], density: str, windows: str, save_path: s
     print(markdown_table(["method", "density", "MiB of decoder weights", "perplexity", "tokens/s"], rows))
     for method in ("dense", LAST):
         print(f"\n{method}:")
-        PIFA.run(["--mode", "generate", *model, "--model_path", paths[method], "--prompt", PROMPT])  # prints it
+        PIFA.run(["--mode", "generate", *model, "--model_path", paths[method], "--prompt", PROMPT, "--no-chat"])
 
 
 def unpacked(name: str, save_path: Path) -> Path:

@@ -22,12 +22,12 @@ from component.allocation import ALLOCATIONS
 from component.compress import BATCH_TOKENS
 from component.cost import PIVOTED
 from component.job import Job, prepare
-from component.planner import Planner, attention_densities, draft_of, modules_of, profile_for, recipe_of
+from component.planner import Means, Planner, attention_densities, draft_of, modules_of, profile_for, recipe_of
 from component.streaming import Flows, Refinement, compress_layers
 from component.tuning import Recipe, choose, held_out_perplexity, window_losses
 from utils import data, models
 from utils.attention import repeat_heads
-from utils.layers import describe_layers
+from utils.layers import HeldLayers, describe_layers
 from utils.report import markdown_table
 
 DENSITIES = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4")
@@ -99,10 +99,11 @@ class Bench:
         }
 
     def planner(self, job: Job, recipes: list[Recipe], start: Recipe) -> Planner:
-        made = (job, self.model, self.described, recipes, self.device, self.batch)
+        means = Means(self.device, self.batch, HeldLayers(self.model))
+        made = (job, self.model, self.described, recipes, means)
         planner = Planner(job.options, self.modules, self.device, profile_for(*made))
         for number in range(2, job.options.passes + 1):
-            draft = draft_of(planner, start, job, self.model, self.described, self.device, self.batch, number)
+            draft = draft_of(planner, start, job, self.model, self.described, means, number)
             planner = replace(planner, profile=profile_for(*made, draft))
         return planner
 
