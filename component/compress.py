@@ -53,9 +53,8 @@ def run(options: Namespace) -> dict[str, Any]:
     with team_for(torch.device(options.DEV)) as (team, device):
         watch = report.Stopwatch(device)
         job = _prepared(options, team)
-        if team.agreed(job.folder.exists() and files.is_finished(job.folder)):
-            log.warning("%s is finished already", job.folder)
-            return files.read_checkpoint(job.folder).record
+        if record := team.agreed(files.finished_record(job.folder) if team.first else None):
+            return record
         with contextlib.ExitStack() as held:
             writer = None
             if team.first:

@@ -42,9 +42,8 @@ def run(options: Namespace) -> dict[str, Any]:
     folder = Path(options.save_path) / f"{source.folder.resolve().name}-pifa{'-fold' * folding}"
     flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, **({"fold": True} if folding else {})})
     files.check_target(folder, flags_hash, options.resume)
-    if folder.exists() and files.is_finished(folder):
-        log.warning("%s is finished already", folder)
-        return files.read_checkpoint(folder).record
+    if record := files.finished_record(folder):
+        return record
     source.verify()
 
     with CheckpointWriter(folder, flags_hash, options.resume) as writer:

@@ -87,10 +87,9 @@ def run(options: Namespace) -> dict[str, Any]:
     flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, "data": data_hash, **settings.as_json()})
     folder = Path(options.save_path) / f"{options.prefix}{source.folder.resolve().name}-ft-{flags_hash[:8]}"
     files.check_target(folder, flags_hash, options.resume)
-    if folder.exists() and files.is_finished(folder):
-        log.warning("%s is finished already", folder)
+    if record := files.finished_record(folder):
         state.remove_state(folder)
-        return files.read_checkpoint(folder).record
+        return record
     source.verify()
 
     with CheckpointWriter(folder, flags_hash, options.resume) as writer:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -25,6 +26,8 @@ from torch import Tensor
 from utils.endings import no_room
 from utils.errors import UsageError
 from utils.lock import LOCK, locked
+
+log = logging.getLogger("pifa")
 
 MANIFEST, RECORD, INDEX = "manifest.json", "pifa.json", "model.safetensors.index.json"
 REST = "rest.safetensors"
@@ -245,6 +248,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def is_finished(folder: Path) -> bool:
     record = folder / RECORD
     return record.is_file() and "finished_at" in read_json(record)
+
+
+def finished_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder that is finished, said aloud; None of any other.
+
+    A run that was killed right behind its record left its lock there: it goes, unless somebody holds it.
+    """
+    if not is_finished(folder):
+        return None
+    log.warning("%s is finished already", folder)
+    if (folder / LOCK).exists():
+        with contextlib.suppress(UsageError), locked(folder):
+            pass
+    return read_checkpoint(folder).record
 
 
 def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
