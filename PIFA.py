@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import NoReturn
 
-from utils.errors import RunError, UsageError
+from utils.errors import RunError, UsageError, check_choice
 
 MODES = {  # -> module and function; only that of the mode asked for is imported
     "m": ("component.compress", "run"),
@@ -198,18 +198,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     from utils.data import check_name
     from utils.models import DTYPES
 
-    expanded = expand(argv)
-    options = build_parser().parse_args(expanded)
+    options = build_parser().parse_args(expand(argv))
     options.command = shlex.join(["python", "PIFA.py", *argv])
-    _check_choice("--mode", options.mode, tuple(MODES))
-    _check_choice("--prune", options.prune, PRUNERS)
-    _check_choice("--dtype", options.dtype, tuple(DTYPES))
-    _check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
+    check_choice("--mode", options.mode, MODES)
+    check_choice("--prune", options.prune, PRUNERS)
+    check_choice("--dtype", options.dtype, DTYPES)
+    check_choice("--reconstruct_step", options.reconstruct_step, (0, 1, 2, -1))
     if options.model is None and options.mode != "bench":
         options.model = "smollm2"
     if options.fold and options.mode != "pifa":
         raise UsageError("--fold is for --mode pifa")
-    _check_choice("--format", options.format, FORMATS)
+    check_choice("--format", options.format, FORMATS)
     _fill_density(options)
     _fill_method(options)
     _fill_allocation(options)
@@ -242,9 +241,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "save_steps",
     ):
         value = getattr(options, name)
-        least = LEAST.get(name, 1)
-        if value is not None and value < least:
-            raise UsageError(f"--{name} {value} is below {least}")
+        if value is not None and value < LEAST.get(name, 1):
+            raise UsageError(f"--{name} {value} is below {LEAST.get(name, 1)}")
     if not 0 <= options.temperature < float("inf"):
         raise UsageError(f"--temperature {options.temperature:g} is no number from 0 on")
     if options.host_memory is not None and not options.host_memory >= 0:
@@ -252,11 +250,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.bench_seconds is not None and options.bench_seconds <= 0:
         raise UsageError("--bench_seconds takes a time above 0")
     return options
-
-
-def _check_choice(flag: str, value, choices: tuple) -> None:
-    if value is not None and value not in choices:
-        raise UsageError(f"unknown {flag} {value}: use one of {', '.join(map(str, choices))}")
 
 
 def _fill_method(options: argparse.Namespace) -> None:

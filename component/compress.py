@@ -5,7 +5,7 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,11 @@ from component.parallel import Team, team_for
 from component.plan import plan_as_json
 from component.planner import (
     Means,
-    Planner,
     announce,
     attention_densities,
     check_budget,
-    draft_of,
     modules_of,
-    profile_for,
+    planner_for,
     recipe_of,
 )
 from component.streaming import Flows, Refinement, compress_layers
@@ -35,7 +33,7 @@ from utils.attention import repeat_heads
 from utils.checkpoint import CheckpointWriter
 from utils.endings import one_line_endings
 from utils.errors import UsageError
-from utils.layers import HeldLayers, describe_layers
+from utils.layers import describe_layers
 from utils.placement import Shelf
 from utils.source_weights import open_model
 
@@ -89,15 +87,12 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
-    announce(options, model, described, modules, flows, device, isinstance(source, HeldLayers))
+    means = Means(device, batch, source, shelf, team)
+    announce(options, model, described, modules, flows, means)
     start, names = recipe_of(options), tunable(options)
     recipes = candidates(start, names, max(options.tune, 1))
-    means = Means(device, batch, source, shelf, team)
     loaded = watch.seconds()
-    planner = Planner(options, modules, device, profile_for(job, model, described, recipes, means))
-    for number in range(2, options.passes + 1):
-        draft = draft_of(planner, start, job, model, described, means, number)
-        planner = replace(planner, profile=profile_for(job, model, described, recipes, means, draft))
+    planner = planner_for(job, model, described, modules, start, recipes, means)
     profiled = watch.seconds()
     refinement = Refinement(options.refine_steps, start.drift_factor, options.seed) if options.refine_steps else None
 

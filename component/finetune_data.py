@@ -17,6 +17,7 @@ from utils.errors import UsageError
 
 log = logging.getLogger("pifa")
 
+C4_ROWS = 270_000  # the 1000 steps of PIFA's appendix B.3 read some 130 million tokens of it
 IGNORED = -100  # the label of a token that is no target, as in transformers
 
 
@@ -77,7 +78,7 @@ def read_rows(name: str, tokenizer: Any, length: int) -> list[Row]:
     """
     examples = _read_instructions(Path(name))
     if examples is None:
-        tokens = data.tokenize(tokenizer, data.read_text(name, "train").text)
+        tokens = data.tokenize(tokenizer, data.read_text(name, "train", C4_ROWS).text)
         if len(tokens) < length:
             raise UsageError(f"{name} has {len(tokens)} tokens, too few for a window of {length}: lower --cutoff_len")
         return [Row(window, 0) for window in data.consecutive_windows(tokens, length)]

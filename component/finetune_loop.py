@@ -21,6 +21,7 @@ from component.finetune_data import IGNORED, Batch
 from utils.errors import RunError
 
 BETAS, EPSILON, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # decay would pull both factors of a product to zero
+MEMORY = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 CLIP = 1.0  # of the gradient's norm
 MOST_SKIPPED = 10  # in a row
 Point = dict[str, Any]  # of the loss curve: step, loss, norm, learning_rate; loss None where the step was skipped
@@ -123,9 +124,6 @@ class Training:
                     key: tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
                     for key, tensor in memory.items()
                 }
-
-
-MEMORY = ("step", "exp_avg", "exp_avg_sq")  # of AdamW, for each parameter
 
 
 def pace(done: int, steps: int, warmup_ratio: float) -> float:

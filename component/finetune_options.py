@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from utils.errors import UsageError
+from utils.errors import UsageError, check_choice
 from utils.models import DTYPES
 
 ORDERS = ("sequential", "joint", "full")
@@ -70,7 +70,7 @@ def read_settings(options: Namespace) -> Settings:
         return default if value is None else value
 
     order = given("order", "sequential")
-    _check_choice("--order", order, ORDERS)
+    check_choice("--order", order, ORDERS)
     defaults = FULL if order == "full" else LORA
     if given("data_path", defaults.get("data_path")) is None:
         raise UsageError(f"--order {order} needs --data_path: instructions (.json, .jsonl), texts or named datasets")
@@ -117,9 +117,4 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"--{name} {getattr(settings, name):g} is outside [0,1)")
     if settings.micro_batch_size > settings.batch_size:
         raise UsageError(f"--micro_batch_size {settings.micro_batch_size} is above --batch_size {settings.batch_size}")
-    _check_choice("--compute_dtype", settings.compute_dtype, COMPUTE_DTYPES)
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"unknown {flag} {value}: use one of {', '.join(choices)}")
+    check_choice("--compute_dtype", settings.compute_dtype, COMPUTE_DTYPES)

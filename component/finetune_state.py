@@ -4,17 +4,15 @@ Both files are safetensors, replaced as a whole and removed in the end.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from component.finetune_loop import Point, Training
-from utils.checkpoint import PARTIAL, open_shard
-from utils.endings import no_room
+from utils.checkpoint import open_shard, whole
 
 STATE = ".training.safetensors"  # parameters and the optimiser's memory in the stage that runs
 MERGED = ".merged.safetensors"  # the factors that earlier stages changed, in float32
@@ -55,13 +53,5 @@ def remove_state(folder: Path) -> None:
 
 
 def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}{PARTIAL}")  # what a killed run leaves of it, the next one removes
-    try:
+    with whole(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except SafetensorError as error:  # its file errors are not OSErrors
-        raise no_room(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

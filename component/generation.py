@@ -164,16 +164,6 @@ def streamed(
             "model allows it, or lower --max_new_tokens"
         )
     streamer.put(tokens.cpu())
-    result = [tokens]
-    for step in range(new_tokens):
-        logits = lean.prefill(tokens) if step == 0 else lean.decode(result[-1])
-        if temperature > 0:
-            chosen = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=draw)
-        else:
-            chosen = logits.argmax(-1, keepdim=True)
-        result.append(chosen.to(tokens.dtype))
-        streamer.put(result[-1][0].cpu())
-        if result[-1].item() in lean.eos:
-            break
+    found = lean.generate(tokens, new_tokens, temperature, draw, lambda column: streamer.put(column[0].cpu()))
     streamer.end()
-    return torch.cat(result, dim=1)
+    return found

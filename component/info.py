@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 import component.integration  # noqa: F401  (teaches transformers to load checkpoints)
 from component.planner import modules_of
@@ -102,17 +101,11 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
     numbers = dict.fromkeys(checkpoint.layers, 0)
     sizes = dict.fromkeys(checkpoint.layers, 0)
     parameters = size = 0
-    for shard in checkpoint.manifest["shards"]:
-        with safe_open(checkpoint.folder / shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                view = file.get_slice(name)
-                count, stored = math.prod(view.get_shape()), files.stored_bytes(view)
-                parameters, size = parameters + count, size + stored
-                parts = name.split(".")
-                owner = next((o for cut in (1, 2) if (o := ".".join(parts[:-cut])) in numbers), None)
-                if owner is not None and parts[-1] != "bias":  # as densities are counted everywhere
-                    numbers[owner] += count
-                    sizes[owner] += stored
+    for owner, count, stored in files.stored_tensors(checkpoint.folder, checkpoint.layers):
+        parameters, size = parameters + count, size + stored
+        if owner is not None:
+            numbers[owner] += count
+            sizes[owner] += stored
     linears = [
         Linear(
             name,

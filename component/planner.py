@@ -2,7 +2,7 @@
 
 import logging
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from utils import checkpoint as files
 from utils import report
 from utils.errors import UsageError
 from utils.estimate import Shapes, Work, estimate
-from utils.layers import DecoderLayer, LayerSource, uncalled_linears
+from utils.layers import DecoderLayer, HeldLayers, LayerSource, uncalled_linears
 from utils.placement import Shelf
 
 log = logging.getLogger("pifa")
@@ -141,7 +141,8 @@ def profile_for(
 ) -> Profile | None:
     """The profile that these recipes need, if they do: made here, or taken from an earlier run.
 
-    draft: of the compressed model, whose gradients then count in place of the original's."""
+    draft: of the compressed model, whose gradients then count in place of the original's.
+    """
     options = job.options
     shrinkages = tuple(dict.fromkeys(recipe.output_shrinkage for recipe in recipes))
     weighs_tokens = any(recipe.token_power for recipe in recipes)
@@ -168,6 +169,23 @@ def profile_for(
             profile = make_profile(folder, hashed, model, described, profiling, means.source, means.shelf)
         means.team.wait()
     return profile
+
+
+def planner_for(
+    job: Job,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    modules: list[Module],
+    start: Recipe,
+    recipes: list[Recipe],
+    means: Means,
+) -> Planner:
+    """For any of the recipes, after as many passes as the flags ask for: those before the last compress by `start`."""
+    planner = Planner(job.options, modules, means.device, profile_for(job, model, described, recipes, means))
+    for number in range(2, job.options.passes + 1):
+        draft = draft_of(planner, start, job, model, described, means, number)
+        planner = replace(planner, profile=profile_for(job, model, described, recipes, means, draft))
+    return planner
 
 
 def draft_of(
@@ -232,17 +250,16 @@ def announce(
     described: list[DecoderLayer],
     modules: list[Module],
     flows: Flows,
-    device: torch.device,
-    whole: bool,
+    means: Means,
 ) -> None:
-    """What is about to be done, and what it takes. whole: all layers are in memory."""
+    """What is about to be done, and what it takes."""
     log.info(
         "density %g (ratio removed %g), %d linears, %d windows of %d tokens on %s",
-        options.density, 1 - options.density, len(modules), *flows.windows.shape, device,
+        options.density, 1 - options.density, len(modules), *flows.windows.shape, means.device,
     )  # fmt: skip
     shapes, work = shapes_of(model, described, modules), work_of(options, modules, flows)
-    limit = options.host_memory
-    found = estimate(shapes, work, device.type == "cuda", None if limit is None else int(limit * report.GIB), whole)
+    whole = isinstance(means.source, HeldLayers)
+    found = estimate(shapes, work, means.device.type == "cuda", means.shelf.limit, whole)
     parts = {"device memory": found.device, "host memory": found.host, "disk": found.disk}
     said = ", ".join(f"{part} {size / report.GIB:.2f} GiB" for part, size in parts.items() if size is not None)
     log.info("estimate: %s (of it %.2f GiB hidden states while it runs)", said, found.mapped / report.GIB)

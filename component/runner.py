@@ -6,6 +6,7 @@ each from its place. The KV cache is static, and a decode step is one CUDA graph
 run side by side, through the same kernels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,11 +168,12 @@ class LeanModel:
         max_new_tokens: int,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
+        seen: Callable[[Tensor], None] = lambda column: None,
     ) -> Tensor:
         """tokens: (batch, length) -> (batch, up to length + max_new_tokens), as transformers' generate.
 
         Greedy at temperature 0. A sequence that has met an end-of-text token goes on with padding; all having met
-        one ends it.
+        one ends it. seen: is given each column of new tokens, (batch, 1), as it is found.
         """
         if tokens.shape[1] + max_new_tokens > self.max_length:
             raise UsageError(f"{tokens.shape[1]} + {max_new_tokens} tokens do not fit the cache of {self.max_length}")
@@ -183,6 +185,7 @@ class LeanModel:
             logits = self.prefill(tokens) if step == 0 else self.decode(result[-1])
             chosen = _choose(logits, temperature, generator).to(tokens.dtype)
             result.append(torch.where(going, chosen, pad)[:, None])
+            seen(result[-1])
             if self.eos:
                 going &= ~torch.isin(chosen, ends)
                 if not going.any():

@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 import torch
 
+import component.compress
 import PIFA
 from tests import tiny
 
@@ -39,6 +40,21 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "words.txt"
     path.write_text(tiny.text())
     return path
+
+
+@pytest.fixture
+def computed(monkeypatch) -> dict[int, torch.nn.Module]:
+    """The layers that the driver of --mode m makes during the test, by index."""
+    layers = {}
+
+    def compress_layers(*given, **more):
+        for index, layer in driver(*given, **more):
+            layers[index] = layer
+            yield index, layer
+
+    driver = component.compress.compress_layers
+    monkeypatch.setattr(component.compress, "compress_layers", compress_layers)
+    return layers
 
 
 @pytest.fixture(scope="session")

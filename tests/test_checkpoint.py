@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import component.compress
 import PIFA
 from component import LowRankLinear, PIFAConfig, PIFALinear
 from component.pivoting import pivot
@@ -44,18 +43,9 @@ def pivoted_in_memory(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_are_bit_equal_to_the_model_in_memory(family, arguments, tmp_path, monkeypatch):
+def test_logits_are_bit_equal_to_the_model_in_memory(family, arguments, tmp_path, computed):
     """Through both modes: the model with the driver's own layers put in, against the one that from_pretrained makes."""
     model = tiny.build(family)
-    computed = {}
-
-    def compress_layers(*given, **more):
-        for index, layer in driver(*given, **more):
-            computed[index] = layer
-            yield index, layer
-
-    driver = component.compress.compress_layers
-    monkeypatch.setattr(component.compress, "compress_layers", compress_layers)
     original = tiny.save_model(tmp_path / "original", model)
     low_rank = PIFA.run(arguments("m", model=original, density=0.6, save_path=tmp_path))
     pivots = PIFA.run(arguments("pifa", model_path=low_rank["path"], save_path=tmp_path))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import component.compress
 import PIFA
 from evaluater import EVAL_REQUIREMENTS, zero_shot
 from tests import tiny
@@ -30,19 +29,10 @@ def task_path(tmp_path) -> Path:
 
 
 @needs_harness
-def test_a_reloaded_checkpoint_is_as_accurate_as_the_model_in_memory(arguments, task_path, tmp_path, good, monkeypatch):
+def test_a_reloaded_checkpoint_is_as_accurate_as_the_model_in_memory(arguments, task_path, tmp_path, good, computed):
     """Through both modes; the model in memory is the original with the driver's own layers put in."""
     from lm_eval.tasks import TaskManager
 
-    computed = {}
-
-    def compress_layers(*given, **more):
-        for index, layer in driver(*given, **more):
-            computed[index] = layer
-            yield index, layer
-
-    driver = component.compress.compress_layers
-    monkeypatch.setattr(component.compress, "compress_layers", compress_layers)
     good(arguments("m", density=0.6, save_path=tmp_path))
     model = tiny.build()
     for index, layer in computed.items():

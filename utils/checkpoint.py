@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -50,7 +50,7 @@ def hash_of(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` when the block ends well, and goes away when it does not."""
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
@@ -133,7 +133,7 @@ class CheckpointWriter:
 
     def write(self, shard: str, tensors: dict[str, Tensor]) -> None:
         """Write the shard, then note its hash: a crash between the two costs one shard, never a wrong one."""
-        with _whole(self.folder / shard) as temporary:
+        with whole(self.folder / shard) as temporary:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
             temporary.chmod(0o644)  # safetensors makes files that only their owner may read
         self.manifest["shards"][shard] = sha256(self.folder / shard)
@@ -155,7 +155,7 @@ class CheckpointWriter:
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(self.folder / "config.json", config)
         for path in extra_files:
-            with _whole(self.folder / path.name) as temporary:
+            with whole(self.folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
 
     def seal(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -326,20 +326,28 @@ class Counts:
         return self.model / (self.model - self.linears + self.dense_linears)
 
 
-def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:
-    """Count every number of the compressed linears, index vectors included, from the safetensors on disk."""
-    linears = model = size = 0
-    shards = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    for shard in shards:
+def stored_tensors(folder: Path, layers: Collection[str]) -> Iterator[tuple[str | None, int, int]]:
+    """(linear, numbers, bytes) of every tensor on disk, from the headers: the linear of `layers` that it counts for.
+
+    A bias counts for none, as all that is no linear's: None.
+    """
+    for shard in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values())):
         with safe_open(folder / shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 view = file.get_slice(name)
-                numbers = math.prod(view.get_shape())
-                model += numbers
                 parts = name.split(".")
                 owner = next((o for cut in (1, 2) if (o := ".".join(parts[:-cut])) in layers), None)
-                if owner is not None and parts[-1] != "bias":
-                    linears += numbers
-                    size += stored_bytes(view)
+                counted = None if parts[-1] == "bias" else owner
+                yield counted, math.prod(view.get_shape()), stored_bytes(view)
+
+
+def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:
+    """Count every number of the compressed linears, index vectors included, from the safetensors on disk."""
+    linears = model = size = 0
+    for owner, numbers, stored in stored_tensors(folder, layers):
+        model += numbers
+        if owner is not None:
+            linears += numbers
+            size += stored
     dense = sum(entry["in_features"] * entry["out_features"] for entry in layers.values())
     return Counts(linears, dense, model, size)

@@ -22,7 +22,7 @@ from component.allocation import ALLOCATIONS
 from component.compress import BATCH_TOKENS
 from component.cost import PIVOTED
 from component.job import Job, prepare
-from component.planner import Means, Planner, attention_densities, draft_of, modules_of, profile_for, recipe_of
+from component.planner import Means, Planner, attention_densities, modules_of, planner_for, recipe_of
 from component.streaming import Flows, Refinement, compress_layers
 from component.tuning import Recipe, choose, held_out_perplexity, window_losses
 from utils import data, models
@@ -78,7 +78,8 @@ class Bench:
         # one profile serves all rows: with and without output weighting
         recipes = [replace(start, output_shrinkage=shrinkage) for shrinkage in (0.1, None)]
         began = time.perf_counter()
-        planner = self.planner(job, recipes, start)
+        means = Means(self.device, self.batch, HeldLayers(self.model))
+        planner = planner_for(job, self.model, self.described, self.modules, start, recipes, means)
         profiled = time.perf_counter()
         densities = attention_densities(job.options, self.modules)
         recipe, tuned = choose(start, densities, [], 0, lambda one: self.held_out(job, planner, one))
@@ -97,15 +98,6 @@ class Bench:
             "seconds": time.perf_counter() - chosen,
             "tuned": tuned,
         }
-
-    def planner(self, job: Job, recipes: list[Recipe], start: Recipe) -> Planner:
-        means = Means(self.device, self.batch, HeldLayers(self.model))
-        made = (job, self.model, self.described, recipes, means)
-        planner = Planner(job.options, self.modules, self.device, profile_for(*made))
-        for number in range(2, job.options.passes + 1):
-            draft = draft_of(planner, start, job, self.model, self.described, means, number)
-            planner = replace(planner, profile=profile_for(*made, draft))
-        return planner
 
     def layers(self, job: Job, planner: Planner, recipe: Recipe) -> Iterator:
         options = job.options

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from utils import models
-from utils.data import read_text
+from utils.data import check_name
 from utils.plots import Panel, draw_panels
 from utils.report import markdown_table
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write all rows there")
     parser.add_argument("--plot", help="also draw seconds over both sizes there (png; needs matplotlib)")
     options, options.more = parser.parse_known_args()
-    read_text(options.calibration, "train")
+    check_name(options.calibration)  # before models are made
     sizes = [(layers, options.windows[0]) for layers in options.layers]
     sizes += [(options.layers[0], windows) for windows in options.windows[1:]]
     rows = [measure(options, *size) for size in sizes]
