@@ -13,11 +13,13 @@ from utils.errors import RunError, UsageError, check_choice
 
 MODES = {  # -> module and function; only that of the mode asked for is imported
     "m": ("component.compress", "run"),
+    "bi": ("component.importance", "run"),
     "pifa": ("component.convert", "run"),
     "ppl": ("evaluater", "run_ppl"),
     "eval": ("evaluater", "run_eval"),
     "generate": ("component.generation", "run"),
     "finetune": ("component.finetune", "run"),
+    "quantize": ("component.quantize", "run"),
     "info": ("component.info", "run"),
     "export": ("component.export", "run"),
     "bench": ("component.bench", "run"),
@@ -63,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefix", default="", help="put before the checkpoint folder's name")
     add("--resume", action="store_true", help="go on with an interrupted run; a finished one prints its record")
 
-    size = parser.add_argument_group("how small (m)")
+    size = parser.add_argument_group("how small (m, bi)")
     add = size.add_argument
     add(
         "--overall_ratio",
@@ -76,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--allocation",
-        help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: kl with exact M, else uniform)",
+        help="uniform, type, atp, owl, iprs, asvd, kl or a plan's .json file (default: kl with exact M; flatllm: iprs; "
+        "else uniform)",
     )
     add("--rank_multiple", type=int, default=1, help="ranks are multiples of it where they reach it")
     add("--owl", action="store_true", help="selects owl; with --attn_ratio the paper's MPIFA_NS")
@@ -89,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     method = parser.add_argument_group("how (m)")
     add = method.add_argument
-    add("--prune", default="svd-llm", help="where factors start from: svd-llm, svd or asvd")
-    add("--reconstruct_step", type=int, help="left out: exact M (svd, asvd: 0); 0 none, 1 U, 2 U then V, -1 V")
+    add("--prune", default="svd-llm", help="svd-llm, svd or asvd factors, or flatllm: fewer channels")
+    add("--reconstruct_step", type=int, help="left out: exact M (svd, asvd, flatllm: 0); 0 none, 1 U, 2 U then V, -1 V")
     add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
     add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")
     add("--reconstruct_nsamples", type=int, help="windows for reconstruction (default: 128, on CPU 16)")
@@ -120,7 +123,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = parser.add_argument_group("data and evaluation")
     add = text.add_argument
-    add("--dataset", nargs="+", help="wikitext2, ptb, c4, pydoc or a path; ppl takes several (default: wikitext2)")
+    add(
+        "--dataset",
+        nargs="+",
+        help="wikitext2 (default), ptb, c4, alpaca, pydoc or a path; ppl takes several",
+    )
     add("--model_seq_len", type=int, help="tokens per window (default: 2048, on CPU 512)")
     add("--eval_batch_size", type=int, default=4, help="windows per forward pass")
     add("--eval_nsamples", type=int, help="evaluate on the first N windows only (default: all)")
@@ -163,6 +170,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--save_steps", type=int, default=100, help="steps between what --resume goes on from; 0: never")
 
+    rounding = parser.add_argument_group("how (quantize)")
+    add = rounding.add_argument
+    add("--bits", type=int, default=4, help="of every weight of the decoder linears: 4 or 8")
+    add("--group_size", type=int, default=64, help="input columns that share a scale; the last group may be shorter")
+    add("--quantize_method", default="gptq", help="gptq, with calibration text, or rtn: round to nearest, without")
+    add(
+        "--act_order",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gptq takes columns with the largest inputs first",
+    )
+
     exporting = parser.add_argument_group("how (export)")
     exporting.add_argument("--format", default="transformers", help="a dense folder (transformers), or a gguf file")
 
@@ -193,6 +212,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
     from component.aliases import expand
     from component.export import FORMATS
+    from component.gptq import METHODS
+    from component.packed import BITS
     from component.solvers import PRUNERS
     from component.tuning import tunable
     from utils.data import check_name
@@ -209,6 +230,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.fold and options.mode != "pifa":
         raise UsageError("--fold is for --mode pifa")
     check_choice("--format", options.format, FORMATS)
+    check_choice("--bits", options.bits, BITS)
+    check_choice("--quantize_method", options.quantize_method, METHODS)
+    if options.group_size < 8 or options.group_size % 8:
+        raise UsageError(f"--group_size {options.group_size} is no multiple of 8")
     _fill_density(options)
     _fill_method(options)
     _fill_allocation(options)
@@ -217,12 +242,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for dataset in options.dataset or []:
         check_name(dataset)
     if len(options.dataset or []) > 1 and options.mode != "ppl":
-        raise UsageError("several --dataset are for --mode ppl; --mode m calibrates on one")
+        raise UsageError("several --dataset are for --mode ppl; calibration takes one")
     _fill_device(options)
     for name, value in (ON_CPU if options.DEV == "cpu" else ON_GPU).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-            if options.DEV == "cpu" and options.mode in ("m", "ppl"):
+            if options.DEV == "cpu" and options.mode in ("m", "ppl", "quantize"):
                 logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
     if options.profile_nsamples is None:
         options.profile_nsamples = min(options.reconstruct_nsamples, MOST_PROFILED)

@@ -1,7 +1,10 @@
-"""SVD-LLM's own flags (arXiv 2403.07378), put in terms of the flags here: a command line in, a command line out."""
+"""The flags of SVD-LLM (arXiv 2403.07378) and FLAT-LLM (arXiv 2505.23966), put in terms of the flags here.
+
+A command line in, a command line out.
+"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from utils.errors import UsageError
@@ -19,8 +22,28 @@ STEPS: dict[int, dict[str, Any]] = {
     6: {"mode": "info"},
     7: {"mode": "generate"},
 }
+# FLAT-LLM: its own flow alone, all of the text
+METHODS: dict[str, dict[str, Any]] = {
+    "bi": {"mode": "bi", "heldout_nsamples": "0"},
+    "flatllm": {
+        "mode": "m",
+        "prune": "flatllm",
+        "allocation": "iprs",
+        "old_output_factor": "0",
+        "heldout_nsamples": "0",
+    },
+}
 DECISIVE = ("mode", "prune", "reconstruct_step", "old_output_factor")  # another value of these is another step
-SAME = {"ratio": "overall_ratio", "whitening_nsamples": "pruning_nsamples", "updating_nsamples": "reconstruct_nsamples"}
+SAME: dict[str, tuple[str, ...]] = {
+    "ratio": ("overall_ratio",),
+    "sparsity_ratio": ("overall_ratio",),
+    "whitening_nsamples": ("pruning_nsamples",),
+    "updating_nsamples": ("reconstruct_nsamples",),
+    "nsamples": ("pruning_nsamples", "reconstruct_nsamples"),
+    "save": ("save_path",),
+    "save_model": ("save_path",),
+    "bi_score": ("bi_score",),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +64,15 @@ def add_aliases(parser: argparse.ArgumentParser) -> None:
     add("--whitening_nsamples", help="--pruning_nsamples")
     add("--updating_nsamples", help=f"--reconstruct_nsamples; {UPDATING_NSAMPLES} with --step 2 and 3")
     add("--lora", help="refused: --mode finetune trains adapters and merges them")
+    add = parser.add_argument_group("FLAT-LLM's flags, by other names").add_argument
+    add("--prune_method", help="bi: --mode bi; flatllm: --mode m --prune flatllm, with the paper's one flow")
+    add("--sparsity_ratio", type=int, help="--overall_ratio in percent: the part REMOVED")
+    add("--nsamples", help="--pruning_nsamples and --reconstruct_nsamples")
+    add("--bi_score", help="the influence of the layers: written by --mode bi, read by --prune flatllm")
+    add("--save", help="--save_path, unless there is a --save_model")
+    add("--save_model", help="--save_path")
+    add("--tol", type=float, help="without effect, here as there: widths follow from the density")
+    add("--cache_dir", help="refused: the libraries read the environment variable HF_HOME")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -53,32 +85,68 @@ def expand(argv: Sequence[str]) -> list[str]:
     given, rest = alias.parse_known_args(argv)
     if given.lora is not None:
         raise UsageError("--lora is part of --mode finetune here: it trains adapters and merges them into a checkpoint")
+    if given.cache_dir is not None:
+        raise UsageError("--cache_dir is not read here: set the environment variable HF_HOME to that folder")
+    if given.sparsity_ratio is not None:
+        given.sparsity_ratio = _fraction(given.sparsity_ratio)
+    if given.save_model is not None:
+        given.save = None
     said = _said(rest)
+    more = _renamed(given, said)
+    implied = _implied(given, said)
+    if implied is None and said.get("prune") == "flatllm":
+        implied = {"allocation": METHODS["flatllm"]["allocation"]}
+    chosen = {name: value for name, value in (implied or {}).items() if not _overruled(name, said)}
+    return [*_flags({**chosen, **more}), *rest]
+
+
+def _fraction(percent: int) -> str:
+    """Raises: UsageError where it is none of a whole."""
+    if not 0 <= percent < 100:
+        raise UsageError(f"--sparsity_ratio {percent} is outside 0..99: it is the percentage removed")
+    return f"{percent / 100:g}"
+
+
+def _renamed(given: argparse.Namespace, said: dict[str, str]) -> dict[str, Any]:
+    """What the aliases say, by the names here. Raises: UsageError where something is said twice."""
     more: dict[str, Any] = {}
+    source: dict[str, str] = {}  # our name -> the alias that said it
     for name, ours in SAME.items():
         value = getattr(given, name)
-        if value is None:
-            continue
-        if ours in said or (name == "ratio" and "density" in said):
-            raise UsageError(f"--{name} and --{ours if ours in said else 'density'} say the same thing: give one")
-        more[ours] = value
+        for flag in ours if value is not None else ():
+            other = next((o for o in (flag, "density") if o in said and (o == flag or flag == "overall_ratio")), None)
+            other = other or source.get(flag)
+            if other:
+                raise UsageError(f"--{name} and --{other} say the same thing: give one")
+            more[flag], source[flag] = value, name
+    return more
+
+
+def _implied(given: argparse.Namespace, said: dict[str, str]) -> dict[str, Any] | None:
+    """What --step or --prune_method stands for. Raises: UsageError where it can't go with what is said."""
+    known: Mapping[Any, dict[str, Any]]
+    if given.step is not None and given.prune_method is not None:
+        raise UsageError("--step is SVD-LLM's and --prune_method FLAT-LLM's: give one")
     if given.step is not None:
-        if given.step not in STEPS:
-            raise UsageError(f"unknown --step {given.step}: use one of {', '.join(map(str, STEPS))}")
-        implied = STEPS[given.step]
-        for name in DECISIVE:
-            if name in implied and name in said and not _equal(said[name], implied[name]):
-                raise UsageError(
-                    f"--step {given.step} means --{name} {implied[name]} and can't go with --{name} {said[name]}"
-                )
-        more = {**{name: value for name, value in implied.items() if not _overruled(name, said)}, **more}
-    return [*_flags(more), *rest]
+        flag, asked, known = "step", given.step, STEPS
+    elif given.prune_method is not None:
+        flag, asked, known = "prune_method", given.prune_method, METHODS
+    else:
+        return None
+    if asked not in known:
+        raise UsageError(f"unknown --{flag} {asked}: use one of {', '.join(map(str, known))}")
+    implied = known[asked]
+    for name in DECISIVE:
+        if name in implied and name in said and not _equal(said[name], implied[name]):
+            raise UsageError(f"--{flag} {asked} means --{name} {implied[name]} and can't go with --{name} {said[name]}")
+    return implied
 
 
 def _said(argv: Sequence[str]) -> dict[str, str]:
     """The flags that a step may imply, where the command line gives them, and --density."""
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    names = {name for step in STEPS.values() for name in step} | {*SAME.values(), "density", "attn_ratio"}
+    names = {name for implied in (*STEPS.values(), *METHODS.values()) for name in implied}
+    names |= {name for ours in SAME.values() for name in ours} | {"density", "attn_ratio"}
     for name in sorted(names - {"use_pifa"}):
         parser.add_argument(f"--{name}")
     parser.add_argument("--use_pifa", action=argparse.BooleanOptionalAction)

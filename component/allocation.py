@@ -65,6 +65,11 @@ def atp(budget: Budget, slope: float = DEPTH_SLOPE) -> Plan:
 
 
 def _balanced(budget: Budget, share_of: Callable[[Module], float]) -> Plan:
+    densities = balanced(budget, share_of)
+    return plan_of(budget, lambda module: densities[module.name])
+
+
+def balanced(budget: Budget, share_of: Callable[[Module], float]) -> dict[str, float]:
     """Densities in proportion to the shares, none above 1, scaled until the whole is at the density asked."""
     numbers = np.array([module.numbers for module in budget.modules], dtype=float)
     shares = np.array([share_of(module) for module in budget.modules], dtype=float)
@@ -73,8 +78,7 @@ def _balanced(budget: Budget, share_of: Callable[[Module], float]) -> Plan:
         scale = (low + high) / 2
         fits = (np.minimum(scale * shares, 1) @ numbers) <= budget.density * numbers.sum()
         low, high = (scale, high) if fits else (low, scale)
-    densities = dict(zip((module.name for module in budget.modules), np.minimum(low * shares, 1), strict=True))
-    return plan_of(budget, lambda module: float(densities[module.name]))
+    return dict(zip((module.name for module in budget.modules), np.minimum(low * shares, 1).tolist(), strict=True))
 
 
 def mlp_density(modules: Sequence[Module], density: float, attention_density: float) -> float:

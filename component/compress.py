@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from component.folder import densities, files_beside, folder_config, layer_entries, load_layer, rest_of
+from component.folder import densities, files_beside, folder_config, rest_of
 from component.job import Job, prepare
+from component.narrow_planner import NarrowPlanner, check_narrow, narrow_planner
 from component.parallel import Team, team_for
 from component.plan import plan_as_json
 from component.planner import (
     Means,
+    Planner,
     announce,
     attention_densities,
     check_budget,
@@ -25,6 +27,7 @@ from component.planner import (
     planner_for,
     recipe_of,
 )
+from component.solvers import NARROWING
 from component.streaming import Flows, Refinement, compress_layers
 from component.tuning import Recipe, candidates, choose, held_out_perplexity, tunable
 from utils import checkpoint as files
@@ -63,6 +66,8 @@ def run(options: Namespace) -> dict[str, Any]:
 
 def _prepared(options: Namespace, team: Team) -> Job:
     """The first process checks, and fetches what there is to fetch; the others then find its folder begun."""
+    if options.prune == NARROWING:
+        check_narrow(options, team.size)
     if team.size > 1 and options.refine_steps:
         raise UsageError("--refine_steps tunes on all windows at once: start it without torchrun")
     if team.first:
@@ -84,7 +89,9 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
         repeat_heads(model)
     described = describe_layers(model, source)
     modules = modules_of(model, described)
-    check_budget(options, modules)
+    narrows = options.prune == NARROWING
+    if not narrows:
+        check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
     means = Means(device, batch, source, shelf, team)
@@ -92,14 +99,19 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     start, names = recipe_of(options), tunable(options)
     recipes = candidates(start, names, max(options.tune, 1))
     loaded = watch.seconds()
-    planner = planner_for(job, model, described, modules, start, recipes, means)
+    planner: Planner | NarrowPlanner
+    if narrows:
+        rows = job.windows[: options.reconstruct_nsamples]
+        planner = narrow_planner(options, model, described, modules, rows, means)
+    else:
+        planner = planner_for(job, model, described, modules, start, recipes, means)
     profiled = watch.seconds()
     refinement = Refinement(options.refine_steps, start.drift_factor, options.seed) if options.refine_steps else None
 
     def compressed(recipe: Recipe, finished=lambda index, layer: False) -> Iterator[tuple[int, nn.Module]]:
         plan, solver = planner.plan(recipe), planner.solver(recipe)
         what = model, described, plan, solver, flows, device, dtype
-        return compress_layers(*what, finished, refinement, source, shelf, team)
+        return compress_layers(*what, finished, refinement, source, shelf, team, planner.narrowing(recipe))
 
     def judge(recipe: Recipe) -> float:
         return team.agreed(held_out_perplexity(model, compressed(recipe), job.held_out, device, batch))
@@ -117,7 +129,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
 
     def finished(index: int, layer: nn.Module) -> bool:
         if shards[index] in done:
-            load_layer(layer, described[index], plan, files.open_shard(folder / shards[index]), dtype)
+            planner.load(layer, described[index], plan, files.open_shard(folder / shards[index]), dtype)
         return shards[index] in done
 
     timed = next((index for index, shard in enumerate(shards) if shard not in done), None)
@@ -134,7 +146,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
 
-    entries = layer_entries(modules, plan)
+    entries = planner.entries(plan)
     with tempfile.TemporaryDirectory() as temporary:
         files.write_json(Path(temporary) / "plan.json", plan_as_json(plan))
         beside = files_beside(Path(temporary), model, job.tokenizer)
@@ -145,7 +157,8 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
             **watch.readings(),
-            **densities(folder, entries, planner.storage, options.density),
+            **densities(folder, entries, planner.ranks_paid_for, options.density),
+            "kind": planner.kind,
             "ranks": {module.name: plan[module.name] for module in modules},
             "device": report.device_name(device),
             "versions": report.versions(),
@@ -159,7 +172,6 @@ def settings_of(job: Job, recipe: Recipe, tuned: list[dict[str, Any]]) -> dict[s
     attention = constants.pop("attention_density")
     return {
         "mode": "m",
-        "kind": "lowrank",
         "command": job.options.command,
         "path": str(job.folder),
         **job.identity["settings"],

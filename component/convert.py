@@ -84,7 +84,7 @@ def _convert(
         "path": str(folder),
         "dtype": dtype,
         **watch.readings(),
-        **densities(folder, entries, storage, source.record["density_asked"]),
+        **densities(folder, entries, storage.name, source.record["density_asked"]),
         "ranks": {name: None if entry["kind"] == "dense" else entry["rank"] for name, entry in entries.items()},
         "device": report.device_name(device),
         "versions": report.versions(),
@@ -98,8 +98,11 @@ def _source(options: Namespace) -> Checkpoint:
     if options.model_path == "original":
         raise UsageError("--mode pifa needs a low-rank checkpoint, not the original model: run --mode m first")
     source = files.read_checkpoint(options.model_path)
+    if source.kind == "narrow":
+        raise UsageError(f"{source.folder} has no factors to pivot: --prune flatllm leaves out whole channels")
     if source.kind != "lowrank":
-        raise UsageError(f"{source.folder} is pivoted already: --mode pifa takes what --mode m wrote")
+        done = "quantized" if source.kind == "quantized" else "pivoted"
+        raise UsageError(f"{source.folder} is {done} already: --mode pifa takes what --mode m wrote")
     return source
 
 

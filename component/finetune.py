@@ -123,7 +123,7 @@ def run(options: Namespace) -> dict[str, Any]:
             },
             "losses": {stage: parts_of(curve) for stage, curve in curves.items()},
             **watch.readings(),
-            **densities(folder, source.layers, storage, source.record["density_asked"]),
+            **densities(folder, source.layers, storage.name, source.record["density_asked"]),
             "device": report.device_name(watch.device),
             "versions": report.versions(),
         }
@@ -133,16 +133,19 @@ def run(options: Namespace) -> dict[str, Any]:
 
 
 def find_checkpoint(options: Namespace) -> Checkpoint:
-    """What --model_path names; without it the newest one under --save_path, or what that was fine-tuned from.
+    """What --model_path names; without it the newest one under --save_path, or what that was made from.
 
-    Raises: UsageError where there is none.
+    Raises: UsageError where there is none, or it is quantized.
     """
     if options.model_path == "original":
         raise UsageError("--mode finetune trains factors, which the original model has not: run --mode m first")
     if options.model_path is not None:
-        return files.read_checkpoint(options.model_path)
+        named = files.read_checkpoint(options.model_path)
+        if named.kind == "quantized":
+            raise UsageError(f"{named.folder} is quantized: fine-tune {named.record['source']} and quantize again")
+        return named
     found = files.newest_checkpoint(Path(options.save_path), None)
-    while found.record["mode"] == "finetune":
+    while found.record["mode"] in ("finetune", "quantize"):
         found = files.read_checkpoint(found.record["source"])
     return found
 

@@ -1,6 +1,7 @@
 """What a low-rank checkpoint folder holds: tensors of its shards, config, files beside them; and its densities."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from component.budget import Module, Plan
-from component.cost import PIVOTED, StorageFormat
+from component.cost import PIVOTED
 from component.integration import FORMAT_VERSION, METHOD
 from component.linear import LowRankLinear
 from utils import checkpoint as files
@@ -71,23 +72,46 @@ def files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:
     tokenizer.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+    return sorted(path for path in folder.iterdir() if path.is_file()) + loader_files()
+
+
+def loader_files() -> list[Path]:
+    """What a checkpoint carries so that transformers can load it where this package is absent."""
     here = Path(__file__).parent
-    loader = [here / f"{name}.py" for name in ("integration", "linear", "kernels", "triton_kernels")]
-    return sorted(path for path in folder.iterdir() if path.is_file()) + loader
+    loader = ("integration", "linear", "narrow", "packed", "kernels", "triton_kernels")
+    return [here / f"{name}.py" for name in loader]
 
 
-def densities(folder: Path, entries: dict[str, dict[str, Any]], storage: StorageFormat, asked: float) -> dict[str, Any]:
-    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks."""
+def stored_shape(entry: dict[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of the matrix that is stored for such an entry, or a dense one."""
+    rows, columns = entry["out_features"], entry["in_features"]
+    channels = entry.get("heads", 0) * entry.get("width", 0)
+    if entry["kind"] == "narrow_out":
+        return channels, columns
+    if entry["kind"] == "narrow_in":
+        return rows, channels
+    return entry.get("kept_out", rows), entry.get("kept_in", columns)
+
+
+def stored_pivoted(entry: dict[str, Any]) -> int:
+    """Numbers that a linear stores, or would store pivoted."""
+    if entry["kind"] in ("lowrank", "pifa"):
+        return PIVOTED.stored(entry["rank"], entry["out_features"], entry["in_features"])
+    return math.prod(stored_shape(entry))
+
+
+def densities(folder: Path, entries: dict[str, dict[str, Any]], ranks_paid_for: str, asked: float) -> dict[str, Any]:
+    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks.
+
+    ranks_paid_for: the form of storage whose density was asked for.
+    """
     counts = files.count_numbers(folder, entries)
-    pivoted = sum(
-        PIVOTED.stored(None if entry["kind"] == "dense" else entry["rank"], entry["out_features"], entry["in_features"])
-        for entry in entries.values()
-    )
+    pivoted = sum(map(stored_pivoted, entries.values()))
     return {
         "density": counts.density,
         "density_asked": asked,
         "density_pivoted": pivoted / counts.dense_linears,
         "density_model": counts.density_model,
         "linear_mib": round(counts.linear_bytes / 2**20, 3),
-        "ranks_paid_for": storage.name,
+        "ranks_paid_for": ranks_paid_for,
     }

@@ -24,13 +24,17 @@ log = logging.getLogger("pifa")
 MADE_BY = (
     "command", "model", "revision", "dataset", "windows_sha256", "prune", "reconstruct_step", "allocation",
     "density_asked", "old_output_factor", "pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "seed",
+    "quantization",
     "device", "versions", "finished_at",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One decoder linear as it is stored. rank: None where it is dense; numbers, size: stored numbers and bytes."""
+    """One decoder linear as it is stored. numbers, size: stored numbers and bytes.
+
+    rank: or how many channels are left, of each head or of the MLP; None where it is dense.
+    """
 
     name: str
     kind: str
@@ -70,7 +74,7 @@ def run(options: Namespace) -> dict[str, Any]:
     made = {name: stored[name] for name in MADE_BY if name in stored}
     print(f"{source.name}\n")
     print(report.markdown_table(["what", "value"], [[key, _shown(value)] for key, value in summary.items()]))
-    for title, value in (("density", _density), ("rank, or dense", _rank)):
+    for title, value in (("density", _density), ("rank, channels, or dense", _rank)):
         print(f"\n{title}\n")
         print(by_place(linears, value))
     if made:
@@ -110,7 +114,7 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
         Linear(
             name,
             entry["kind"],
-            None if entry["kind"] == "dense" else entry["rank"],
+            _kept(entry),
             entry["in_features"] * entry["out_features"],
             numbers[name],
             sizes[name],
@@ -118,6 +122,12 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
         for name, entry in checkpoint.layers.items()
     ]
     return linears, parameters, size, checkpoint.record
+
+
+def _kept(entry: dict[str, Any]) -> int | None:
+    """The rank of a linear, or its channels that are left; None where all are."""
+    names = ("kept_in", "kept_out") if entry["kind"] == "dense" else ("rank", "width")
+    return next((entry[name] for name in names if name in entry), None)
 
 
 def _original(options: Namespace, source: models.Source) -> tuple[list[Linear], int, int, dict[str, Any]]:

@@ -6,7 +6,8 @@ Importing this file is enough. A copy of it and of its neighbours lies in every 
 
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -18,11 +19,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .linear import LowRankLinear, PIFALinear, PivotOrderLinear
+from .narrow import PaddedHeads, PickedHeads
+from .packed import PackedLinear
 
 METHOD = "pifa"
 FORMAT_VERSION = 1
-# "dense" is the third kind: an nn.Linear, left alone
+# "dense" is one more kind: an nn.Linear, left alone unless some of its channels are gone
 KINDS: dict[str, type[LowRankLinear] | type[PIFALinear]] = {"lowrank": LowRankLinear, "pifa": PIFALinear}
+FACTORS = {"lowrank": ("v", "u"), "pifa": ("pivot", "coeff")}  # in the order in which they are applied
+NARROW: dict[str, type[PaddedHeads] | type[PickedHeads]] = {"narrow_out": PaddedHeads, "narrow_in": PickedHeads}
 
 
 class PIFAConfig(QuantizationConfigMixin):
@@ -31,6 +36,10 @@ class PIFAConfig(QuantizationConfigMixin):
     layers: full module name -> {"kind": "lowrank" | "pifa" | "dense", "rank": int, "in_features", "out_features"},
     and where the checkpoint is folded "folded": ["inputs"] or ["outputs"], the side on which the linear's channels
     stand in the order of pivots that come before or here. A pivoted linear with such outputs has nothing to reorder.
+    With "bits" and "group_size" its factors, or the dense linear itself, are packed integers (packed.py).
+    Kinds "narrow_out" and "narrow_in" have "heads" and "width" in place of a rank: how many channels of each head are
+    stored (narrow.py). A dense linear may have "kept_out" or "kept_in", where fewer channels are left than the family's
+    config says. Features are those of the dense model everywhere.
 
     Raises: ValueError for a format_version or a kind that this code does not know.
     """
@@ -43,9 +52,35 @@ class PIFAConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # an enum of the built-in methods
         self.format_version = format_version
         self.layers = layers or {}
-        unknown = {entry["kind"] for entry in self.layers.values()} - {*KINDS, "dense"}
+        unknown = {entry["kind"] for entry in self.layers.values()} - {*KINDS, *NARROW, "dense"}
         if unknown:
             raise ValueError(f"unknown kind of layer in the checkpoint: {', '.join(sorted(unknown))}")
+
+
+def made_of(linear: nn.Linear, entry: dict[str, Any]) -> nn.Module:
+    """What stands in the linear's place, with nothing in it yet; the linear itself where it is as it was."""
+    kind, has_bias = entry["kind"], linear.bias is not None
+    sizes = linear.in_features, linear.out_features
+    like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    if kind in NARROW:
+        return NARROW[kind](*sizes, entry["heads"], entry["width"], has_bias, **like)
+    if kind == "dense":
+        left = entry.get("kept_in", sizes[0]), entry.get("kept_out", sizes[1])
+        return linear if left == sizes else nn.Linear(*left, has_bias, **like)
+    layer = KINDS[kind]
+    if layer is PIFALinear and "outputs" in entry.get("folded", ()):
+        layer = PivotOrderLinear
+    return layer(*sizes, entry["rank"], has_bias, **like)
+
+
+def packed(linear: nn.Module, entry: dict[str, Any]) -> nn.Module:
+    """The layer with packed linears, with nothing in them yet, for its two factors, or for itself where it is dense."""
+    if isinstance(linear, nn.Linear):
+        how = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": linear.bias is not None}
+        return PackedLinear(linear.in_features, linear.out_features, entry["bits"], entry["group_size"], **how)
+    for factor in FACTORS[entry["kind"]]:
+        setattr(linear, factor, packed(getattr(linear, factor), entry))
+    return linear
 
 
 class PIFAQuantizer(HfQuantizer):
@@ -56,15 +91,10 @@ class PIFAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **_):
         for name, entry in self.quantization_config.layers.items():
-            if entry["kind"] == "dense":
-                continue
-            linear = model.get_submodule(name)
-            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-            has_bias = linear.bias is not None
-            kind = KINDS[entry["kind"]]
-            if kind is PIFALinear and "outputs" in entry.get("folded", ()):
-                kind = PivotOrderLinear
-            model.set_submodule(name, kind(linear.in_features, linear.out_features, entry["rank"], has_bias, **like))
+            linear = made_of(model.get_submodule(name), entry)
+            if "bits" in entry:
+                linear = packed(linear, entry)
+            model.set_submodule(name, linear)
 
     def _process_model_after_weight_loading(self, model, **_):
         return model
@@ -80,23 +110,35 @@ class PIFAQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return not any("bits" in entry for entry in self.quantization_config.layers.values())
 
     @property
     def is_compileable(self) -> bool:
         return True
 
     def _dequantize(self, model, dtype=None):
-        """Back to nn.Linear, in place. Folded channels stay in their order: the model is the same function."""
-        for name in self.quantization_config.layers:
+        """Back to nn.Linear of the config's sizes, in place. Folded channels stay in their order, and in the place of
+        those that are gone come zeros: the model is the same function.
+        """
+        for name, entry in self.quantization_config.layers.items():
             layer = model.get_submodule(name)
-            if not isinstance(layer, LowRankLinear | PIFALinear):
+            sizes = entry["in_features"], entry["out_features"]
+            bias: Tensor | None
+            if isinstance(layer, LowRankLinear | PIFALinear | PackedLinear):
+                weight, bias = layer.dense_weight(), layer.bias
+            elif isinstance(layer, PaddedHeads | PickedHeads):
+                weight, bias = layer.dense_weight(), layer.dense_bias()
+            elif (layer.in_features, layer.out_features) != sizes:
+                missing = entry["out_features"] - layer.out_features
+                weight = F.pad(layer.weight, (0, entry["in_features"] - layer.in_features, 0, missing))
+                bias = None if layer.bias is None else F.pad(layer.bias, (0, missing))
+            else:
                 continue
-            weight = layer.dense_weight().to(dtype or layer.weight.dtype)
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", weight.dtype)
+            weight = weight.to(dtype or layer.weight.dtype)
+            linear = nn.Linear(*sizes, bias is not None, "meta", weight.dtype)
             linear.weight = nn.Parameter(weight.detach())
-            if layer.bias is not None:
-                linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype))
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.detach().to(weight.dtype))
             model.set_submodule(name, linear)
         return model
 

@@ -97,6 +97,8 @@ def identity_of(
     }
     weights = _fingerprint(source)
     decisive = {**settings, "weights": weights}
+    if bi_score := getattr(options, "bi_score", None):
+        decisive["influence"] = files.sha256(Path(bi_score))
     if Path(options.allocation).is_file():
         decisive["plan"] = files.sha256(Path(options.allocation))
     return {"settings": settings, "weights": weights, "hash": files.hash_of(decisive)}

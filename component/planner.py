@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from component.allocation import ALLOCATIONS, PROFILED, attention_range, mlp_density, uniform
 from component.budget import RANK_FLOOR, Budget, Module, Plan
 from component.cost import LOW_RANK, PIVOTED, StorageFormat
+from component.folder import layer_entries, load_layer
 from component.job import Job
 from component.parallel import Team
 from component.plan import read_plan
@@ -69,6 +70,23 @@ class Planner:
     @property
     def storage(self) -> StorageFormat:
         return PIVOTED if self.options.use_pifa else LOW_RANK
+
+    kind = "lowrank"
+
+    @property
+    def ranks_paid_for(self) -> str:
+        return self.storage.name
+
+    def narrowing(self, _recipe: Recipe) -> None:
+        """Groups of linears are solved one by one."""
+
+    def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        return layer_entries(self.modules, plan)
+
+    def load(
+        self, layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        load_layer(layer, described, plan, tensors, dtype)
 
     def plan(self, recipe: Recipe) -> Plan:
         """By the named allocation, or from the user's file, whose ranks are taken as they are."""

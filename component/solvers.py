@@ -9,7 +9,9 @@ from component.moments import Moments
 from component.reconstruction import EXACT_DAMPING, alternating_factors, exact_factors, target_moment
 from component.whitening import plain_factors, scaled_factors, whitened_factors
 
-PRUNERS = ("svd-llm", "svd", "asvd")
+FACTORING = ("svd-llm", "svd", "asvd")
+NARROWING = "flatllm"  # whole channels go, and no factors are made (narrowing.py)
+PRUNERS = (*FACTORING, NARROWING)
 EXACT = None  # --reconstruct_step left out
 PLAIN = {"drift_factor": 0.0, "output_shrinkage": 1.0, "token_power": 0.0}  # the papers' methods have none of these
 TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of exact M, chosen on held-out text
@@ -46,6 +48,10 @@ def default_step(prune: str) -> int | None:
     return EXACT if prune == "svd-llm" else 0
 
 
+def _no_factors(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    raise TypeError(f"{name}: {NARROWING} makes no factors")
+
+
 def make_solver(
     prune: str,
     step: int | None,
@@ -55,11 +61,15 @@ def make_solver(
     weighting: Callable[[str], Tensor] | None = None,
     token_weights: Callable[[str], Tensor] | None = None,
 ) -> Solver:
-    """prune: one of PRUNERS gives the factors; step: None exact M, 0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
+    """prune: one of FACTORING gives the factors, and NARROWING only names the moments it reads; step: None exact M,
+    0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
 
     drift_ratio: rho; ridge: mu of the exact solver; weighting: module name -> L_g, on any device, for the exact solver
     only; token_weights: see Solver.
     """
+
+    if prune == NARROWING:
+        return Solver(_no_factors, needs_gram=True, needs_cross=mix_ratio > 0)
 
     def target_of(weight: Tensor, moments: Moments) -> Tensor:
         assert moments.gram is not None

@@ -72,6 +72,7 @@ def compress_layers(
     source: LayerSource | None = None,
     shelf: Shelf | None = None,
     team: Team | None = None,
+    narrowing: Callable[..., None] | None = None,
 ) -> Iterator[tuple[int, nn.Module]]:
     """Yield (index, layer) for every decoder layer, its linears replaced by low-rank ones at the ranks of `plan`.
 
@@ -80,6 +81,7 @@ def compress_layers(
     it is then not solved again, and the flows go through it. dtype: of the new layers' weights. refinement: of solved
     layers, where both flows run. source: of the dense layers, where the model itself does not hold them. shelf:
     for the hidden states. team: the processes that share the windows and the solving; all of them yield all layers.
+    narrowing: what changes a layer in place of the solving of its groups (narrowing.py), with the same arguments.
 
     Raises: RunError naming the module where a moment or a factor is not finite.
     """
@@ -109,7 +111,9 @@ def compress_layers(
                 if before is not None and low_rank_states is not None:
                     before.copy_(low_rank_states)
                 flow_states = dense_states, low_rank_states
-                _solve_layer(dense, small, names, ranks, solver, flows, flow_states, kwargs, dtype, team, first)
+                (narrowing or _solve_layer)(
+                    dense, small, names, ranks, solver, flows, flow_states, kwargs, dtype, team, first
+                )
                 if refinement and before is not None and low_rank_states is not None:
                     states = dense_states, before, low_rank_states
                     _refine(dense, small, refinement, states, kwargs, flows.batch, names.name)

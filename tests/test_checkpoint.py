@@ -67,7 +67,8 @@ def test_the_folder_holds_the_files_of_the_format(compressed, pivoted):
     for folder in (compressed, pivoted):
         names = {path.name for path in folder.iterdir()}
         expected = {"config.json", "manifest.json", "pifa.json", "model.safetensors.index.json"}
-        expected |= {"integration.py", "linear.py", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+        expected |= {"integration.py", "linear.py", "packed.py"}
+        expected |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
         assert names >= shards | expected
         assert not any(name.startswith(".") or name.endswith((".bin", ".pt", ".pkl")) for name in names)
         manifest = json.loads((folder / "manifest.json").read_text())

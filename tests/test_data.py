@@ -151,7 +151,7 @@ def test_an_unreadable_path_is_refused(trouble, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="wikitext2, ptb, c4, pydoc, or a path"):
+    with pytest.raises(UsageError, match="wikitext2, ptb, c4, alpaca, pydoc, or a path"):
         data.check_name("wikitext3")
 
 
@@ -181,7 +181,7 @@ def test_the_default_falls_back_to_pydoc_offline_aloud(split, offline, caplog):
     assert caplog.messages == ["wikitext2 is not cached and the hub can't be reached: using pydoc instead"]
 
 
-@pytest.mark.parametrize("name", ["wikitext2", "ptb", "c4"])
+@pytest.mark.parametrize("name", ["wikitext2", "ptb", "c4", "alpaca"])
 def test_a_set_that_was_asked_for_is_never_replaced(name, offline):
     with pytest.raises(UsageError, match=f"{name} is not cached"):
         data.read_text(name, "train")
@@ -200,6 +200,8 @@ def test_the_default_is_wikitext2_where_it_can_be_had(monkeypatch):
         ("wikitext2", "test", {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}),
         ("ptb", "test", {"path": "ptb-text-only/ptb_text_only", "split": "test"}),
         ("c4", "test", {"path": "allenai/c4", "split": "validation"}),
+        ("alpaca", "train", {"path": "tatsu-lab/alpaca", "split": "train[:90%]"}),
+        ("alpaca", "test", {"path": "tatsu-lab/alpaca", "split": "train[90%:]"}),
     ],
 )
 def test_named_sets_are_asked_for_by_split(name, split, asked, monkeypatch):

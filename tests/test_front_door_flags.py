@@ -15,7 +15,7 @@ REPOSITORY = Path(PIFA.__file__).parent
 
 # flags that are wrong whatever the model -> a word of the line
 BAD_FLAGS = {
-    "mode": ({"mode": "compress"}, "unknown --mode compress: use one of m, pifa, ppl"),
+    "mode": ({"mode": "compress"}, "unknown --mode compress: use one of m, bi, pifa, ppl"),
     "dataset": ({"dataset": "wikitext3"}, "unknown dataset wikitext3: use one of wikitext2"),
     "pruner": ({"prune": "magnitude"}, "unknown --prune magnitude: use one of svd-llm, svd, asvd"),
     "allocation": ({"allocation": "equal"}, "unknown --allocation equal: use one of uniform, type"),
@@ -112,7 +112,7 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines() == [
-        "PIFA.py: unknown --mode compress: use one of m, pifa, ppl, eval, generate, finetune, info, export, bench"
+        "PIFA.py: unknown --mode compress: use one of m, bi, pifa, ppl, eval, generate, finetune, info, export, bench"
     ]
 
 

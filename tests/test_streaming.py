@@ -11,7 +11,7 @@ from component.lockstep import lockstep
 from component.moments import Moments
 from component.reconstruction import EXACT_DAMPING, PAPER_RIDGE, exact_factors
 from component.refinement import relative_error
-from component.solvers import PRUNERS, Solver, default_step, make_solver
+from component.solvers import FACTORING, Solver, default_step, make_solver
 from component.streaming import Flows, Refinement, add_moments, compress_layers
 from component.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
@@ -181,7 +181,7 @@ def test_solvers_ask_only_for_the_moments_they_read(prune, step):
 
 def test_default_steps():
     """Exact M does not look at the factors it starts from, so plain SVD would not be plain any more."""
-    assert {prune: default_step(prune) for prune in PRUNERS} == {"svd-llm": None, "svd": 0, "asvd": 0}
+    assert {prune: default_step(prune) for prune in FACTORING} == {"svd-llm": None, "svd": 0, "asvd": 0}
 
 
 @pytest.mark.parametrize("method", ["exact", "W", "W+M"])

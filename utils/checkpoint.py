@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -214,7 +214,9 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """`lowrank` as --mode m writes it, `pifa` as --mode pifa does."""
+        """`lowrank` as --mode m writes it, `narrow` with --prune flatllm, `pifa` as --mode pifa does, `quantized` as
+        --mode quantize does.
+        """
         return self.record["kind"]
 
     def verify(self) -> None:
@@ -326,10 +328,13 @@ class Counts:
         return self.model / (self.model - self.linears + self.dense_linears)
 
 
-def stored_tensors(folder: Path, layers: Collection[str]) -> Iterator[tuple[str | None, int, int]]:
+PACKED = ("weight_packed", "weight_zero_point")  # 32-bit words full of smaller integers
+
+
+def stored_tensors(folder: Path, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str | None, int, int]]:
     """(linear, numbers, bytes) of every tensor on disk, from the headers: the linear of `layers` that it counts for.
 
-    A bias counts for none, as all that is no linear's: None.
+    A bias counts for none, as all that is no linear's: None. Of packed integers each is a number.
     """
     for shard in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values())):
         with safe_open(folder / shard, framework="pt") as file:
@@ -338,7 +343,9 @@ def stored_tensors(folder: Path, layers: Collection[str]) -> Iterator[tuple[str 
                 parts = name.split(".")
                 owner = next((o for cut in (1, 2) if (o := ".".join(parts[:-cut])) in layers), None)
                 counted = None if parts[-1] == "bias" else owner
-                yield counted, math.prod(view.get_shape()), stored_bytes(view)
+                bits = layers[owner].get("bits") if owner is not None and parts[-1] in PACKED else None
+                numbers = math.prod(view.get_shape())
+                yield counted, numbers * (32 // bits) if bits else numbers, stored_bytes(view)
 
 
 def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:

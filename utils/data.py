@@ -17,7 +17,7 @@ from utils.errors import UsageError
 
 log = logging.getLogger("pifa")
 
-NAMED = ("wikitext2", "ptb", "c4", "pydoc")
+NAMED = ("wikitext2", "ptb", "c4", "alpaca", "pydoc")
 DEFAULT = "wikitext2"
 OFFLINE_DEFAULT = "pydoc"
 PYDOC_EVALUATION_SHARE = 0.1
@@ -160,6 +160,12 @@ HUB_SETS: dict[str, dict[str, Any]] = {
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
         "splits": {"train": "train", "test": "validation"},
+        "column": "text",
+    },
+    # instructions with their answers, in the prompt that Alpaca was trained with; it comes in one piece
+    "alpaca": {
+        "path": "tatsu-lab/alpaca",
+        "splits": {"train": "train[:90%]", "test": "train[90%:]"},
         "column": "text",
     },
 }

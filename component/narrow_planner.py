@@ -1,0 +1,90 @@
+"""What --mode m needs to know of --prune flatllm: how wide everything becomes, and in which form it is stored."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from component.budget import Module, Plan
+from component.importance import block_influence, read_influence
+from component.narrowing import Narrowing, Parts, load_narrow, narrow_entries, narrow_plan, parts_of
+from component.planner import Means
+from component.solvers import NARROWING, Solver, make_solver
+from component.tuning import Recipe
+from utils.errors import UsageError
+from utils.layers import DecoderLayer
+
+ALLOCATIONS = ("iprs", "uniform")
+
+
+@dataclass(frozen=True)
+class NarrowPlanner:
+    """influence: by layer, all the same where every layer keeps the same share."""
+
+    options: Namespace
+    modules: list[Module]
+    described: list[DecoderLayer]
+    parts: list[Parts]
+    influence: list[float]
+
+    kind = "narrow"
+    ranks_paid_for = "channels"
+
+    def plan(self, _recipe: Recipe) -> Plan:
+        return narrow_plan(self.modules, self.described, self.parts, self.options.density, self.influence)
+
+    def solver(self, recipe: Recipe) -> Solver:
+        return make_solver(NARROWING, self.options.reconstruct_step, recipe.old_output_factor)
+
+    def narrowing(self, recipe: Recipe) -> Narrowing:
+        by_name = {layer.name: part for layer, part in zip(self.described, self.parts, strict=True)}
+        return Narrowing(by_name, recipe.old_output_factor, self.options.ridge)
+
+    def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        return narrow_entries(self.modules, self.described, self.parts, plan)
+
+    def load(
+        self, layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        load_narrow(layer, described, plan, tensors, dtype)
+
+
+def check_narrow(options: Namespace, processes: int) -> None:
+    """Raises: UsageError for flags that mean nothing with --prune flatllm."""
+    if options.allocation not in ALLOCATIONS:
+        raise UsageError(f"--prune flatllm takes --allocation {' or '.join(ALLOCATIONS)}, not {options.allocation}")
+    if options.reconstruct_step != 0:
+        raise UsageError("--prune flatllm makes up for what it leaves out by itself: leave out --reconstruct_step")
+    if options.attn_ratio is not None or options.passes > 1:
+        raise UsageError("--attn_ratio and --passes 2 are not for --prune flatllm")
+    if processes > 1:
+        raise UsageError("--prune flatllm solves a layer as a whole: start it without torchrun")
+
+
+def narrow_planner(
+    options: Namespace,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    modules: list[Module],
+    windows: Tensor,
+    means: Means,
+) -> NarrowPlanner:
+    """With iprs the influence comes from --bi_score, or is measured on the windows, (count, length) int64.
+
+    Raises: UsageError where the layers are of another kind, or the density leaves one nothing.
+    """
+    parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
+    planner = NarrowPlanner(options, modules, described, parts, [1.0] * len(described))
+    narrow_plan(modules, described, parts, options.density, planner.influence)  # refuses, before the work
+    saved = getattr(options, "bi_score", None)
+    if options.allocation == "uniform":
+        return planner
+    if saved:
+        influence = read_influence(Path(saved), len(described))
+    else:
+        influence = block_influence(model, described, windows, means.device, means.source, means.shelf)
+    return NarrowPlanner(options, modules, described, parts, influence)

@@ -1,0 +1,310 @@
+"""--prune flatllm in a decoder layer: which linears it makes narrower, by how much, from which data, and as what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from component.allocation import balanced
+from component.budget import Budget, Module, Plan
+from component.cost import LOW_RANK
+from component.flatllm import (
+    absorb_bases,
+    compensated,
+    head_bases,
+    leverage_scores,
+    most_telling,
+    project_values,
+    value_moment,
+)
+from component.folder import stored_shape
+from component.lockstep import Stop, lockstep
+from component.moments import Moments
+from component.narrow import PaddedHeads, PickedHeads
+from component.parallel import Team
+from component.reconstruction import target_moment
+from component.solvers import Solver
+from component.streaming import Flows, add_moments
+from utils.errors import RunError, UsageError
+from utils.layers import DecoderLayer
+
+LEVERAGE_RIDGE = 1.0  # lambda of the paper, absolute, on raw sums
+ROLES = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The linears of a layer that get narrower, by their names in it, and its heads.
+
+    heads: of keys and values; query_heads: a multiple of it; channels: of the MLP.
+    """
+
+    value: str
+    output: str
+    gate: str
+    up: str
+    down: str
+    heads: int
+    query_heads: int
+    head_dim: int
+    channels: int
+
+    @property
+    def attention(self) -> tuple[str, str]:
+        return self.value, self.output
+
+    @property
+    def mlp(self) -> tuple[str, str, str]:
+        return self.gate, self.up, self.down
+
+
+def parts_of(layer: nn.Module, described: DecoderLayer) -> Parts:
+    """Raises: UsageError where the layer does not have each of the LLaMA family's projections once."""
+    found = {role: [name for name in described.linears() if name.rsplit(".", 1)[-1] == role] for role in ROLES}
+    head_dim = getattr(layer.get_submodule(described.linears()[0].rpartition(".")[0]), "head_dim", None)
+    if head_dim is None or any(len(names) != 1 for names in found.values()):
+        raise UsageError(
+            f"--prune flatllm needs layers with {', '.join(ROLES)} and a head_dim; {described.name} has "
+            f"{', '.join(described.linears())}"
+        )
+    value, output, gate, up, down = (names[0] for names in found.values())
+    linears: dict[str, Any] = {name: layer.get_submodule(name) for name in (value, output, down)}
+    return Parts(
+        value,
+        output,
+        gate,
+        up,
+        down,
+        heads=linears[value].out_features // head_dim,
+        query_heads=linears[output].in_features // head_dim,
+        head_dim=head_dim,
+        channels=linears[down].in_features,
+    )
+
+
+def narrow_plan(
+    modules: Sequence[Module],
+    described: Sequence[DecoderLayer],
+    parts: Sequence[Parts],
+    density: float,
+    influence: Sequence[float],
+) -> Plan:
+    """Module -> channels kept: of each head for values and output, of the MLP for the rest; None is dense.
+
+    The narrowed linears of a layer keep a share in proportion to its influence, capped at all (IPRS); other linears
+    stay dense, and the shares make up for them. What rounding frees in the heads goes to the MLP.
+
+    influence: by layer; all the same for a uniform plan. Raises: UsageError where no such widths fit the density.
+    """
+    narrowed = {f"{layer.name}.{n}" for layer, p in zip(described, parts, strict=True) for n in p.attention + p.mlp}
+    these = [module for module in modules if module.name in narrowed]
+    total, free = sum(m.numbers for m in modules), sum(m.numbers for m in these)
+    left = density - (total - free) / total
+    if left <= 0:
+        raise UsageError(
+            f"density {density:g} is below the {1 - free / total:.3f} of the linears that --prune flatllm leaves dense"
+        )
+    shares = balanced(Budget(these, left * total / free, LOW_RANK, influence=influence), lambda m: influence[m.layer])
+    numbers = {module.name: module.numbers for module in modules}
+    plan: Plan = dict.fromkeys((module.name for module in modules), None)
+    for layer, part in zip(described, parts, strict=True):
+        attention, mlp = ([f"{layer.name}.{name}" for name in names] for names in (part.attention, part.mlp))
+        share = shares[attention[0]]
+        per_width = sum(numbers[name] for name in attention) // part.head_dim
+        per_channel = sum(numbers[name] for name in mlp) // part.channels
+        width = max(1, int(share * part.head_dim))
+        budget = share * (per_width * part.head_dim + per_channel * part.channels)
+        kept = min(int((budget - width * per_width) / per_channel), part.channels)
+        if kept < 1:
+            raise UsageError(f"density {density:g} leaves the MLP of {layer.name} no channel: raise it")
+        plan.update(dict.fromkeys(attention, width if width < part.head_dim else None))
+        plan.update(dict.fromkeys(mlp, kept if kept < part.channels else None))
+    return plan
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How layers are narrowed; an instance takes the place of the solving of groups in `compress_layers`.
+
+    parts: by full name of the layer; mix_ratio: lambda of the MLP's target, between the dense flow and what the
+    original projection makes of the narrow one; damping: of the compensation.
+    """
+
+    parts: Mapping[str, Parts]
+    mix_ratio: float
+    damping: float
+
+    def __call__(
+        self,
+        dense: nn.Module,
+        small: nn.Module,
+        described: DecoderLayer,
+        widths: Mapping[str, int | None],
+        solver: Solver,
+        flows: Flows,
+        states: tuple[Tensor, Tensor | None],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+        _team: Team,
+        first: int,
+    ) -> None:
+        """Narrow the linears of `small`, a copy of `dense`, and replace the states of both flows by the outputs.
+
+        The MLP sees what the narrow attention writes.
+        """
+        part = self.parts[described.name]
+        width, kept = widths[part.value], widths[part.down]
+        stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
+        assert states[1] is not None
+        batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
+        finished: list[tuple[str, nn.Module]] = []
+        with (
+            lockstep(dense, stops, batches[0], kwargs) as dense_flow,
+            lockstep(small, stops, batches[1], kwargs) as flow,
+        ):
+            if width is not None:
+                moment, start = None, first
+                for _, stop in zip(dense_flow.at(part.value), flow.at(part.value), strict=True):
+                    moment = _add_values(moment, small, part, stop, flows.reconstruction - start)
+                    start += stop.windows
+                _narrow_heads(small, part, moment, width, dtype, described.name)
+            if kept is not None:
+                moments, start = Moments(), first
+                for dense_stop, stop in zip(dense_flow.at(part.down), flow.at(part.down), strict=True):
+                    add_moments(moments, dense_stop, stop, solver, flows, None, start)
+                    start += dense_stop.windows
+                finished = self._narrow_mlp(small, part, moments, kept, dtype, described.name)
+            for passes, batch in zip((dense_flow, flow), batches, strict=True):
+                for states_of_batch, output in zip(batch, passes.outputs(), strict=True):
+                    states_of_batch.copy_(output)
+        for name, module in finished:
+            small.set_submodule(name, module)
+
+    def _narrow_mlp(
+        self, layer: nn.Module, part: Parts, moments: Moments, kept: int, dtype: torch.dtype, what: str
+    ) -> list[tuple[str, nn.Module]]:
+        """What becomes of the three; until then the passes that wait before `down` go through a stand-in."""
+        assert moments.gram is not None
+        gram, down = moments.gram, layer.get_submodule(part.down)
+        assert isinstance(down, nn.Linear)
+        chosen = most_telling(leverage_scores(_finite(gram, f"{what}.{part.down}"), LEVERAGE_RIDGE), kept)
+        target = target_moment(down.weight, gram, moments.cross, self.mix_ratio)
+        weight = compensated(down.weight, target, gram, chosen, self.damping, f"{what}.{part.down}")
+        narrow = _linear(weight, down.bias, dtype)
+        finished: list[tuple[str, nn.Module]] = [(part.down, narrow)]
+        for name in (part.gate, part.up):
+            linear = layer.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            rows = linear.weight[chosen], None if linear.bias is None else linear.bias[chosen]
+            finished.append((name, _linear(*rows, dtype)))
+        layer.set_submodule(part.down, _Picking(narrow, chosen))
+        return finished
+
+
+class _Picking(nn.Module):
+    """A narrow linear that is given all channels."""
+
+    def __init__(self, linear: nn.Linear, chosen: Tensor):
+        super().__init__()
+        self.linear, self.chosen = linear, chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[..., self.chosen])
+
+
+def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, stop: Stop, limit: int) -> Tensor | None:
+    """Add the values of the first `limit` windows where a pass waits before them."""
+    if limit <= 0:
+        return moment
+    linear = layer.get_submodule(part.value)
+    assert isinstance(linear, nn.Linear)
+    x = stop.x.reshape(stop.windows, -1, stop.x.shape[-1])[:limit]
+    more = value_moment(F.linear(x, linear.weight, linear.bias), part.heads)
+    return more if moment is None else moment.add_(more)
+
+
+def _narrow_heads(
+    layer: nn.Module, part: Parts, moment: Tensor | None, width: int, dtype: torch.dtype, what: str
+) -> None:
+    assert moment is not None
+    value, output = layer.get_submodule(part.value), layer.get_submodule(part.output)
+    assert isinstance(value, nn.Linear) and isinstance(output, nn.Linear)
+    bases, _ = head_bases(_finite(moment, f"{what}.{part.value}"), width)
+    new_value, new_output = _empty_heads(value, output, part, width, dtype)
+    _fill(new_value, *project_values(value.weight, value.bias, bases))
+    _fill(new_output, absorb_bases(output.weight, bases), output.bias)
+    layer.set_submodule(part.value, new_value)
+    layer.set_submodule(part.output, new_output)
+
+
+def _empty_heads(
+    value: nn.Linear, output: nn.Linear, part: Parts, width: int, dtype: torch.dtype
+) -> tuple[PaddedHeads, PickedHeads]:
+    device = value.weight.device
+    sizes = [(one.in_features, one.out_features) for one in (value, output)]
+    return (
+        PaddedHeads(*sizes[0], part.heads, width, value.bias is not None, device, dtype),
+        PickedHeads(*sizes[1], part.query_heads, width, output.bias is not None, device, dtype),
+    )
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, dtype)
+    _fill(linear, weight, bias)
+    return linear
+
+
+@torch.no_grad()
+def _fill(module: nn.Linear | PaddedHeads | PickedHeads, weight: Tensor, bias: Tensor | None) -> None:
+    module.weight.copy_(weight)
+    if bias is not None and module.bias is not None:
+        module.bias.copy_(bias)
+    module.requires_grad_(False)
+
+
+def _finite(moment: Tensor, what: str) -> Tensor:
+    """Raises: RunError where it is not, in words; eigh would say something else."""
+    if not torch.isfinite(moment).all():
+        raise RunError(f"{what}: the moments of its input are not finite")
+    return moment
+
+
+def load_narrow(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype) -> None:
+    """Turn a copy of a dense layer into the finished one that an earlier run stored."""
+    part = parts_of(layer, described)
+    width, kept = plan[f"{described.name}.{part.value}"], plan[f"{described.name}.{part.down}"]
+    linears: dict[str, Any] = {name: layer.get_submodule(name) for name in part.attention + part.mlp}
+    if width is not None:
+        made = _empty_heads(linears[part.value], linears[part.output], part, width, dtype)
+        for name, module in zip(part.attention, made, strict=True):
+            layer.set_submodule(name, module.requires_grad_(False))
+    if kept is not None:
+        for name in part.mlp:
+            d_out, d_in = linears[name].weight.shape
+            shape = (d_out, kept) if name == part.down else (kept, d_in)
+            device = linears[name].weight.device
+            linear = nn.Linear(shape[1], shape[0], linears[name].bias is not None, device, dtype)
+            layer.set_submodule(name, linear.requires_grad_(False))
+    layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
+
+
+def narrow_entries(
+    modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], plan: Plan
+) -> dict[str, dict[str, Any]]:
+    """The `layers` of the quantization config (see integration.py); features are those of the dense model."""
+    entries: dict[str, dict[str, Any]] = {}
+    for module in modules:
+        layer, part = described[module.layer], parts[module.layer]
+        role, kept = module.name.removeprefix(f"{layer.name}."), plan[module.name]
+        entry: dict[str, Any] = {"kind": "dense", "in_features": module.d_in, "out_features": module.d_out}
+        if kept is not None and role == part.value:
+            entry |= {"kind": "narrow_out", "heads": part.heads, "width": kept}
+        elif kept is not None and role == part.output:
+            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": kept}
+        elif kept is not None:
+            entry["kept_in" if role == part.down else "kept_out"] = kept
+        entries[module.name] = entry | {"rank": min(stored_shape(entry))}
+    return entries

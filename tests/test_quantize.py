@@ -1,0 +1,79 @@
+"""--mode quantize: what is in the folder is what was in memory, and what can't be quantized is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import component.integration  # noqa: F401
+import PIFA
+from component import quantize
+from component.packed import PackedLinear
+from tests import tiny
+from utils import checkpoint as files
+
+pytest.importorskip("compressed_tensors")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tiny.token_windows(2, 16), use_cache=False).logits
+
+
+@pytest.mark.parametrize("source", ["compressed", "pivoted"])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_folder_is_the_model_in_memory(source, method, arguments, request, tmp_path, monkeypatch):
+    kept, inner = [], quantize.quantize_model
+
+    def keep(model, *rest):
+        kept.append(model)
+        inner(model, *rest)
+
+    monkeypatch.setattr(quantize, "quantize_model", keep)
+    folder = request.getfixturevalue(source)
+    record = PIFA.run(arguments("quantize", model_path=folder, save_path=tmp_path, quantize_method=method, bits=8))
+    loaded = AutoModelForCausalLM.from_pretrained(record["path"])
+    assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+    assert torch.equal(logits(loaded), logits(kept[0]))
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    assert 0 < tiny.relative(logits(loaded), logits(before)) < 0.05
+    assert tiny.relative(logits(loaded.dequantize()), logits(kept[0])) < 1e-4
+
+
+def test_four_bits_are_a_quarter_of_the_bytes(arguments, pivoted, tmp_path):
+    record = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path, quantize_method="rtn"))
+    before = files.read_checkpoint(pivoted)
+    size = files.count_numbers(pivoted, before.layers).linear_bytes
+    assert record["linear_bytes"] < 0.35 * size  # of float32: an eighth, scales, zeros, and the index as it was
+
+
+def test_an_interrupted_run_goes_on(arguments, pivoted, tmp_path, monkeypatch):
+    whole = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path / "a"))
+    write, written = files.CheckpointWriter.write, []
+
+    def fail(self, shard, tensors):
+        if written:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(self, shard, tensors)
+
+    command = arguments("quantize", model_path=pivoted, save_path=tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.CheckpointWriter, "write", fail)
+        with pytest.raises(BaseException):  # noqa: B017
+            PIFA.run(command)
+    resumed = PIFA.run([*command, "--resume"])
+    shards = [json.loads((Path(r["path"]) / "manifest.json").read_text())["shards"] for r in (whole, resumed)]
+    assert shards[0] == shards[1]
+
+
+def test_what_cannot_be_quantized_is_refused(arguments, pivoted, model_folder, tmp_path, bad):
+    bad(arguments("quantize", model_path="original", save_path=tmp_path), "--mode m")
+    bad(arguments("quantize", model_path=model_folder, save_path=tmp_path), "not a checkpoint")
+    done = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path, quantize_method="rtn"))["path"]
+    bad(arguments("quantize", model_path=done, save_path=tmp_path), "quantized already")
+    bad(arguments("pifa", model_path=done, save_path=tmp_path), "quantized already")
+    bad(arguments("quantize", bits=3), "--bits")
+    bad(arguments("quantize", group_size=12), "--group_size")
