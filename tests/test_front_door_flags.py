@@ -103,7 +103,8 @@ def test_help_tells_every_flag(capsys):
         eval_batch_size eval_nsamples DEV dtype rank_multiple heldout_nsamples tune drift_factor output_shrinkage
         profile_nsamples profiling_mat_path owl prompt max_new_tokens token_power ridge passes refine_steps fold
         bench_what bench_dims bench_tokens bench_seconds prompt_file temperature chat tasks task_path num_fewshot
-        task_limit format step ratio whitening_nsamples updating_nsamples lora"""
+        task_limit format step ratio whitening_nsamples updating_nsamples lora bits group_size quantize_method act_order bi_score
+        prune_method sparsity_ratio nsamples save_model tol cache_dir"""
     assert [flag for flag in flags.split() if f"--{flag} " not in text and f"--{flag}," not in text] == []
 
 
@@ -111,9 +112,8 @@ def test_it_runs_as_a_script_from_anywhere(tmp_path):
     command = [sys.executable, REPOSITORY / "PIFA.py", "--mode", "compress"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == [
-        "PIFA.py: unknown --mode compress: use one of m, bi, pifa, ppl, eval, generate, finetune, info, export, bench"
-    ]
+    modes = "m, bi, pifa, ppl, eval, generate, finetune, quantize, info, export, bench"
+    assert result.stderr.splitlines() == [f"PIFA.py: unknown --mode compress: use one of {modes}"]
 
 
 def test_the_default_density_is_that_of_a_ratio_of_a_fifth(arguments, tmp_path, good):
