@@ -12,11 +12,19 @@ from pathlib import Path
 import PIFA
 from utils.report import markdown_table
 
+SVD_LLM = ["--no-use_pifa", "--allocation", "uniform"]
 METHODS = {
-    "W": ["--no-use_pifa", "--reconstruct_step", "0", "--allocation", "uniform"],
+    "SVD": ["--prune", "svd", *SVD_LLM],
+    "ASVD": ["--prune", "asvd", *SVD_LLM],
+    "W": ["--reconstruct_step", "0", *SVD_LLM],
+    "W, 128 windows, seed 103": ["--reconstruct_step", "0", *SVD_LLM, "--pruning_nsamples", "128", "--seed", "103"],
+    "W + U": ["--reconstruct_step", "1", "--old_output_factor", "0", "--reconstruct_nsamples", "16", *SVD_LLM],
+    "FLAT-LLM": ["--prune_method", "flatllm"],
+    "FLAT-LLM, two flows": ["--prune", "flatllm"],
     "MPIFA, the paper's": ["--reconstruct_step", "2", "--allocation", "uniform"],
     # nothing but the solver differs from the row above
     "MPIFA, exact M": ["--drift_factor=0", "--output_shrinkage=1", "--token_power=0", "--allocation", "uniform"],
+    "default": ["--heldout_nsamples", "16"],
 }
 
 
@@ -27,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--densities", nargs="+", default=["0.8", "0.6", "0.5", "0.4"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--float16", action="store_true", help="judge pivoted methods in that too")
     parser.add_argument("--nsamples", default="64")
     parser.add_argument("--model_seq_len", default="2048")
     parser.add_argument("--save_path", default="./results")
@@ -45,17 +54,17 @@ def main() -> None:
     records = [{"method": "dense", "density": "1", "ppl": ppl("original")}]
     for method in options.methods:
         for density in options.densities:
-            low_rank = PIFA.run(["--mode", "m", "--density", density, *METHODS[method], *common])
+            low_rank = PIFA.run(["--mode", "m", *common, "--density", density, *METHODS[method]])
             row = {"method": method, "density": density, "m": low_rank, "ppl": ppl(low_rank["path"])}
-            if low_rank["use_pifa"]:
-                place = ["--model_path", low_rank["path"], "--save_path", options.save_path, "--resume"]
-                row["pifa"] = PIFA.run(["--mode", "pifa", *place])
+            if low_rank["kind"] == "lowrank" and low_rank["use_pifa"]:
+                place = ["--model_path", low_rank["path"], "--resume", "--save_path"]
+                row["pifa"] = PIFA.run(["--mode", "pifa", *place, options.save_path])
                 row["ppl_pifa"] = ppl(row["pifa"]["path"])
-                half = ["--dtype", "float16"]
-                halved = PIFA.run(
-                    ["--mode", "pifa", *place[:2], "--save_path", f"{options.save_path}/half", "--resume", *half]
-                )
-                row["ppl_half"], row["ppl_half_pifa"] = ppl(low_rank["path"], *half), ppl(halved["path"], *half)
+                if options.float16:
+                    half = ["--dtype", "float16"]
+                    halved = PIFA.run(["--mode", "pifa", *place, f"{options.save_path}/half", *half])
+                    row["ppl_half"], row["ppl_half_pifa"] = ppl(low_rank["path"], *half), ppl(halved["path"], *half)
+            print(json.dumps({key: value for key, value in row.items() if key not in ("m", "pifa")}), flush=True)
             records.append(row)
             if options.json:
                 Path(options.json).write_text(json.dumps(records, indent=1))
