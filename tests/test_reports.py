@@ -2,10 +2,11 @@
 
 import PIFA
 from component.planner import recipe_of
-from component.solvers import EXACT, PLAIN, TUNED
+from component.solvers import EXACT, NARROWING, PLAIN, TUNED
 from tests.reports import demo, quality, wikitext2
 
 CONSTANTS = ("drift_factor", "output_shrinkage", "token_power")
+OURS = "default"
 
 
 def parsed(flags: list[str]):
@@ -13,16 +14,31 @@ def parsed(flags: list[str]):
 
 
 def test_rows_of_published_methods_have_nothing_of_ours():
-    rows = [*wikitext2.METHODS.values(), *(flags for row, flags in demo.METHODS.items() if "default" not in row)]
+    rows = [flags for methods in (wikitext2.METHODS, demo.METHODS) for row, flags in methods.items() if OURS not in row]
     for options in map(parsed, rows):
         recipe = recipe_of(options)
-        assert options.allocation == "uniform"
+        assert options.allocation == ("iprs" if options.prune == NARROWING else "uniform")
         assert (recipe.drift_factor, recipe.output_shrinkage, recipe.token_power) == (0, None, 0)
 
 
 def test_the_rows_differ_in_solver_and_storage():
-    steps = {row: (parsed(flags).reconstruct_step, parsed(flags).use_pifa) for row, flags in wikitext2.METHODS.items()}
-    assert list(steps.values()) == [(0, False), (2, True), (EXACT, True)]
+    def what(flags):
+        options = parsed(flags)
+        return options.prune, options.reconstruct_step, options.use_pifa, options.old_output_factor
+
+    rows = {row: what(flags) for row, flags in wikitext2.METHODS.items()}
+    assert rows == {
+        "SVD": ("svd", 0, False, 0.25),
+        "ASVD": ("asvd", 0, False, 0.25),
+        "W": ("svd-llm", 0, False, 0.25),
+        "W, 128 windows, seed 103": ("svd-llm", 0, False, 0.25),
+        "W + U": ("svd-llm", 1, False, 0),
+        "FLAT-LLM": ("flatllm", 0, True, 0),
+        "FLAT-LLM, two flows": ("flatllm", 0, True, 0.25),
+        "MPIFA, the paper's": ("svd-llm", 2, True, 0.25),
+        "MPIFA, exact M": ("svd-llm", EXACT, True, 0.25),
+        "default": ("svd-llm", EXACT, True, 0.25),
+    }
     steps = {row: (parsed(flags).reconstruct_step, parsed(flags).use_pifa) for row, flags in demo.METHODS.items()}
     assert list(steps.values()) == [(0, False), (0, False), (2, True), (EXACT, True)]
     assert set(demo.PIVOTED) <= set(demo.METHODS) and demo.LAST in demo.PIVOTED.values()
