@@ -167,6 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--micro_batch_size", type=int, help="rows per forward pass (default: 4; full: 1)")
     add("--cutoff_len", type=int, help="tokens of a row (default: 256; full: 1024)")
     add("--compute_dtype", help="float32 or bfloat16, of the forward pass (default: bfloat16 on a GPU)")
+    add("--teacher", help="original, or a model: learn its distributions, not the text's next words")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--save_steps", type=int, default=100, help="steps between what --resume goes on from; 0: never")
 

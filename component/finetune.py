@@ -79,6 +79,7 @@ def run(options: Namespace) -> dict[str, Any]:
         lora.check_installed(settings.order)
     shares = rows_of.parse_mixture(settings.data_path)
     source = find_checkpoint(options)
+    teacher = find_teacher(settings.teacher, source)
     stages = stages_of(settings.order, source.layers)
     tokenizer = models.load_tokenizer(models.Source(source.folder.name, str(source.folder)))
     material = read_material(shares, tokenizer, settings.cutoff_len)
@@ -97,7 +98,7 @@ def run(options: Namespace) -> dict[str, Any]:
         used = material.described(steps * settings.batch_size)
         log.info("data: %s", ", ".join(f"{entry['name']} {entry['passes']:g} times" for entry in used))
         writer.settle({"steps": steps})  # from here on the folder outlives a run that is ended
-        curves, factors = tune(options, settings, source, stages, material, folder)
+        curves, factors = tune(options, settings, source, teacher, stages, material, folder)
         write_curves(folder, curves)
         write_weights(writer, source, factors, models.DTYPES[dtype])
         written = {*source.manifest["shards"], files.MANIFEST, files.RECORD, files.INDEX, "config.json", CURVES, PLOT}
@@ -176,14 +177,34 @@ def read_material(shares: Sequence[Share], tokenizer: Any, length: int) -> Mater
     return Material([share.name for share in shares], rows, weights)
 
 
+def find_teacher(name: str | None, source: Checkpoint) -> models.Source | None:
+    """`original` is what the checkpoint was made from. Raises: UsageError where it has other words."""
+    if name is None:
+        return None
+    teacher = models.find_source(source.record["model"] if name == "original" else name)
+    words, known = models.load_config(teacher).vocab_size, source.config["vocab_size"]
+    if words != known:
+        raise UsageError(f"--teacher {name} has {words} words and {source.folder} {known}: it can't teach that")
+    return teacher
+
+
 def tune(
-    options: Namespace, settings: Settings, source: Checkpoint, stages: list[Stage], material: Material, folder: Path
+    options: Namespace,
+    settings: Settings,
+    source: Checkpoint,
+    teacher: models.Source | None,
+    stages: list[Stage],
+    material: Material,
+    folder: Path,
 ) -> tuple[dict[str, list[Point]], dict[str, Tensor]]:
     """Run the stages, or what an earlier run left of them: loss curves by stage, and the new factors by name."""
     steps = settings.steps(sum(material.counts))
     progress, tensors = state.load_progress(folder)
     curves = progress.curves
     model = load_trainable(source, torch.device(options.DEV), stages)
+    taught_by = None
+    if teacher:
+        taught_by = models.load_model(teacher, compute_dtype(settings)).to(options.DEV).eval().requires_grad_(False)
     if options.gradient_checkpointing:
         # the newer name comes first; the older one is going
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -194,6 +215,7 @@ def tune(
         if number < progress.stage:
             continue
         training = begin(model, stage, settings, steps)
+        training.teacher = taught_by
         if tensors:
             training.restore(tensors, curves[stage.name])
             tensors = {}  # as large as the training itself

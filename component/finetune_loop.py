@@ -43,12 +43,14 @@ class Training:
     """Parameters in training, and how far they are.
 
     parameters: name -> float32 parameter, the only ones that change. `curve` has one point for each step done.
+    teacher: a model of the same words on the same device, whose distributions take the place of the text's next words.
     """
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
     recipe: Recipe
     curve: list[Point] = field(default_factory=list)
+    teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(
@@ -84,9 +86,7 @@ class Training:
         targets = sum(count_targets(batch) for batch in batches)
         total = torch.zeros((), device=device)
         for batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.compute_dtype is torch.bfloat16):
-                logits = self.model(input_ids=batch.tokens.to(device), use_cache=False).logits
-            loss = summed_loss(logits, batch.labels.to(device)) / targets
+            loss = self._loss(batch, device) / targets
             loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
@@ -103,6 +103,16 @@ class Training:
                 f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {step + 1}: "
                 "lower --learning_rate, or compute in float32"
             )
+
+    def _loss(self, batch: Batch, device: torch.device) -> Tensor:
+        tokens, labels = batch.tokens.to(device), batch.labels.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute_dtype is torch.bfloat16):
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+            if self.teacher is None:
+                return summed_loss(logits, labels)
+            with torch.no_grad():
+                wanted = self.teacher(input_ids=tokens, use_cache=False).logits
+        return summed_divergence(logits, wanted, labels)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the optimiser's memory of them."""
@@ -136,6 +146,16 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the cross-entropies of all targets, in float32. logits: (rows, length, words), labels: (rows, length)."""
     scores = logits[:, :-1].flatten(0, 1).float()
     return F.cross_entropy(scores, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def summed_divergence(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+    """Sum of KL(wanted || logits) at all targets, in float32: distillation (Hinton et al., arXiv 1503.02531), T = 1.
+
+    logits, wanted: (rows, length, words); labels: (rows, length), of which only the places count.
+    """
+    counted = labels[:, 1:] != IGNORED
+    student, teacher = (t[:, :-1][counted].float().log_softmax(dim=-1) for t in (logits, wanted))
+    return F.kl_div(student, teacher, reduction="sum", log_target=True)
 
 
 def count_targets(batch: Batch) -> int:

@@ -48,10 +48,12 @@ class Settings:
     cutoff_len: int
     compute_dtype: str
     seed: int
+    teacher: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Without what the order does not use."""
-        unused = ("lora_r", "lora_alpha", "lora_dropout") if self.order == "full" else ()
+        """Without what is not used."""
+        unused: tuple[str, ...] = ("lora_r", "lora_alpha", "lora_dropout") if self.order == "full" else ()
+        unused += () if self.teacher else ("teacher",)
         return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def steps(self, rows: int) -> int:
@@ -91,6 +93,7 @@ def read_settings(options: Namespace) -> Settings:
         warmup_ratio=given("warmup_ratio", 0.05),
         compute_dtype=given("compute_dtype", "bfloat16" if on_gpu else "float32"),
         seed=options.seed,
+        teacher=given("teacher"),
         **steps,
         **sizes,
     )

@@ -104,7 +104,8 @@ def test_help_tells_every_flag(capsys):
         profile_nsamples profiling_mat_path owl prompt max_new_tokens token_power ridge passes refine_steps fold
         bench_what bench_dims bench_tokens bench_seconds prompt_file temperature chat tasks task_path num_fewshot
         task_limit format step ratio whitening_nsamples updating_nsamples lora bits
-        group_size quantize_method act_order bi_score prune_method sparsity_ratio nsamples save_model tol cache_dir"""
+        group_size quantize_method act_order bi_score prune_method sparsity_ratio nsamples save_model tol
+        cache_dir teacher"""
     assert [flag for flag in flags.split() if f"--{flag} " not in text and f"--{flag}," not in text] == []
 
 
