@@ -155,7 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     tuning = parser.add_argument_group("how (finetune); left out: SVD-LLM's recipe for LoRA, PIFA's for --order full")
     add = tuning.add_argument
     add("--order", help="sequential (adapters on U, then on V; the default), joint, or full (all factors themselves)")
-    add("--data_path", nargs="+", help="instructions (.json, .jsonl), texts or named datasets; NAME:0.02 is its share")
+    add(
+        "--data_path",
+        nargs="+",
+        help="instructions (.json, .jsonl), texts, named datasets, self (the teacher's); NAME:0.02 is its share",
+    )
     add("--lora_r", type=int, help="rank of the adapters (default: 8)")
     add("--lora_alpha", type=float, help="their scale times their rank (default: 16)")
     add("--lora_dropout", type=float, help="on their input (default: 0.05)")

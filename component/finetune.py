@@ -25,6 +25,8 @@ from component.finetune_data import Batch, Row, Share
 from component.finetune_loop import Point, Recipe, Training
 from component.finetune_options import Settings, compute_dtype, read_settings
 from component.folder import densities
+from component.job import fingerprint
+from component.self_text import written_rows
 from utils import checkpoint as files
 from utils import models, plots, report
 from utils.checkpoint import Checkpoint, CheckpointWriter
@@ -83,6 +85,8 @@ def run(options: Namespace) -> dict[str, Any]:
     stages = stages_of(settings.order, source.layers)
     tokenizer = models.load_tokenizer(models.Source(source.folder.name, str(source.folder)))
     material = read_material(shares, tokenizer, settings.cutoff_len)
+    if teacher and rows_of.SELF in material.names:
+        material = with_own_text(material, teacher, settings, options)
     dtype = options.dtype or source.record["dtype"]
     data_hash = files.hash_of([rows_of.hash_of_rows(rows) for rows in material.rows])
     flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, "data": data_hash, **settings.as_json()})
@@ -172,7 +176,8 @@ def stages_of(order: str, layers: dict[str, dict[str, Any]]) -> list[Stage]:
 
 
 def read_material(shares: Sequence[Share], tokenizer: Any, length: int) -> Material:
-    rows = [rows_of.read_rows(share.name, tokenizer, length) for share in shares]
+    """`self` is left empty."""
+    rows = [[] if share.name == rows_of.SELF else rows_of.read_rows(share.name, tokenizer, length) for share in shares]
     weights = [share.weight or len(found) for share, found in zip(shares, rows, strict=True)]
     return Material([share.name for share in shares], rows, weights)
 
@@ -186,6 +191,25 @@ def find_teacher(name: str | None, source: Checkpoint) -> models.Source | None:
     if words != known:
         raise UsageError(f"--teacher {name} has {words} words and {source.folder} {known}: it can't teach that")
     return teacher
+
+
+def with_own_text(material: Material, teacher: models.Source, settings: Settings, options: Namespace) -> Material:
+    """The rows of `self`, as many as its share of a stage needs, kept in a file under --save_path."""
+    assert settings.max_steps is not None
+    place = material.names.index(rows_of.SELF)
+    count = rows_of.quotas(material.weights, settings.max_steps * settings.batch_size)[place]
+    if not count:
+        raise UsageError(f"the share of {rows_of.SELF} in --data_path is less than a row of all steps: leave it out")
+    dtype, given = compute_dtype(settings), [row for rows in material.rows for row in rows]
+    decisive = [fingerprint(teacher), rows_of.hash_of_rows(given), count, settings.cutoff_len, settings.seed]
+    name = f"{options.prefix}{teacher.name}-self-{files.hash_of([*decisive, str(dtype)])[:8]}.safetensors"
+
+    def load() -> Any:
+        return models.load_model(teacher, dtype).to(options.DEV)
+
+    own = written_rows(Path(options.save_path) / name, load, given, count, settings.cutoff_len, settings.seed)
+    rows = [own if index == place else rows for index, rows in enumerate(material.rows)]
+    return Material(material.names, rows, material.weights)
 
 
 def tune(

@@ -17,6 +17,7 @@ from utils.errors import UsageError
 
 log = logging.getLogger("pifa")
 
+SELF = "self"  # the entry of a mixture that the teacher writes (self_text.py)
 C4_ROWS = 270_000  # the 1000 steps of PIFA's appendix B.3 read some 130 million tokens of it
 IGNORED = -100  # the label of a token that is no target, as in transformers
 
@@ -53,8 +54,14 @@ def parse_mixture(entries: Sequence[str]) -> list[Share]:
         raise UsageError("--data_path: give every entry a weight (a.txt:0.02 b.jsonl:0.98), or none")
     if any(weight is not None and not 0 < weight < math.inf for weight in weights):
         raise UsageError("--data_path: a weight is a number above 0")
-    for share in shares:
-        data.check_name(share.name)
+    names = [share.name for share in shares]
+    for name in names:
+        if name != SELF:
+            data.check_name(name)
+    if SELF in names and (names.count(SELF) > 1 or len(names) == 1 or None in weights):
+        raise UsageError(
+            f"--data_path {SELF} comes once, beside a text that gives it beginnings, with weights for both"
+        )
     return shares
 
 

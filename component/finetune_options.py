@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from component.finetune_data import SELF
 from utils.errors import UsageError, check_choice
 from utils.models import DTYPES
 
@@ -83,9 +84,13 @@ def read_settings(options: Namespace) -> Settings:
     if given("micro_batch_size") is None:
         sizes["micro_batch_size"] = min(sizes["micro_batch_size"], sizes["batch_size"])
     on_gpu = torch.device(options.DEV).type == "cuda"
+    entries = list(given("data_path", defaults.get("data_path")))
+    writes = any(entry == SELF or entry.startswith(f"{SELF}:") for entry in entries)
+    if writes and (given("teacher") is None or steps["max_steps"] is None):
+        raise UsageError(f"--data_path {SELF} is what a --teacher writes, for as long as --max_steps says: give both")
     settings = Settings(
         order=order,
-        data_path=list(given("data_path", defaults.get("data_path"))),
+        data_path=entries,
         lora_r=given("lora_r", 8),
         lora_alpha=given("lora_alpha", 16),
         lora_dropout=given("lora_dropout", 0.05),

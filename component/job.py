@@ -95,7 +95,7 @@ def identity_of(
         "reconstruct_nsamples": options.reconstruct_nsamples,
         "model_seq_len": options.model_seq_len,
     }
-    weights = _fingerprint(source)
+    weights = fingerprint(source)
     decisive = {**settings, "weights": weights}
     if bi_score := getattr(options, "bi_score", None):
         decisive["influence"] = files.sha256(Path(bi_score))
@@ -104,7 +104,7 @@ def identity_of(
     return {"settings": settings, "weights": weights, "hash": files.hash_of(decisive)}
 
 
-def _fingerprint(source: Source) -> dict[str, Any]:
+def fingerprint(source: Source) -> dict[str, Any]:
     """Names and sizes of a local model's files, so that a changed one is noticed; a hub model has its revision."""
     folder = Path(source.location)
     if source.gguf_file:
