@@ -5,7 +5,7 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from component.planner import (
     modules_of,
     planner_for,
     recipe_of,
+    shapes_of,
+    work_of,
 )
 from component.solvers import NARROWING
 from component.streaming import Flows, Refinement, compress_layers
@@ -36,8 +38,9 @@ from utils.attention import repeat_heads
 from utils.checkpoint import CheckpointWriter
 from utils.endings import one_line_endings
 from utils.errors import UsageError
-from utils.layers import describe_layers
-from utils.placement import Shelf
+from utils.estimate import Machine, estimate, waiting_batches
+from utils.layers import HeldLayers, describe_layers
+from utils.placement import Shelf, free_bytes, wake
 from utils.source_weights import open_model
 
 log = logging.getLogger("pifa")
@@ -84,6 +87,8 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     options, folder, dtype, device = job.options, job.folder, job.dtype, watch.device
     limit = options.host_memory
     shelf = Shelf(None if limit is None else int(limit * report.GIB), folder.parent)
+    wake(device)
+    machine = Machine(free_bytes(device), shelf.limit, report.resident_memory())
     model, source = open_model(job.source, dtype)
     if device.type == "cuda":
         repeat_heads(model)
@@ -94,8 +99,10 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
         check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
-    means = Means(device, batch, source, shelf, team)
-    announce(options, model, described, modules, flows, means)
+    shapes, work = shapes_of(model, described, modules), work_of(options, modules, flows, team.size)
+    announce(options, modules, flows, device, estimate(shapes, work, machine, isinstance(source, HeldLayers)))
+    flows = replace(flows, waiting=waiting_batches(shapes, work, machine))
+    means = Means(device, batch, source, shelf, team, flows.waiting)
     start, names = recipe_of(options), tunable(options)
     recipes = candidates(start, names, max(options.tune, 1))
     loaded = watch.seconds()

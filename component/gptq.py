@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from component.linalg import add_diagonal, damped_cholesky, solve_right
+from component.linalg import damped_cholesky, raised_diagonal, solve_right
 from utils.errors import RunError
 
 METHODS = ("gptq", "rtn")
@@ -94,7 +94,8 @@ def _inverse_factor(hessian: Tensor, what: str) -> Tensor:
     inverse = torch.cholesky_inverse(factor)
     upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
     if info.item():  # the inverse of an ill-conditioned matrix may be indefinite by rounding
-        return _inverse_factor(add_diagonal(hessian, 10 * mu), what)
+        with raised_diagonal(hessian, 10 * mu):
+            return _inverse_factor(hessian, what)
     return upper
 
 

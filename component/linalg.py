@@ -1,6 +1,8 @@
 """Linear algebra that must not fail on what real activations bring: dead channels, few samples, rounding."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,13 +18,14 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
     """Factor gram + mu I = L L^T with the least mu that works, from `damping` times the mean diagonal upwards.
 
     gram: (n, n) float64, symmetric; it may be singular or, by rounding, slightly indefinite. A Gram matrix of all
-    zeros (a dead input) is damped by 1, which makes every solve fall back to the plain, unweighted problem.
+    zeros (a dead input) is damped by 1, which makes every solve fall back to the plain, unweighted problem. Its
+    diagonal is another one while this runs: with n of tens of thousands there is no room for copies.
 
     Returns L: (n, n) lower triangular, and mu, absolute.
 
     Raises: RunError naming `what` where the matrix is not finite.
     """
-    if not torch.isfinite(gram).all():
+    if not _all_finite(gram):
         raise RunError(f"{what}: the moments of its input are not finite")
     scale = gram.diagonal().mean().clamp(min=0).item()
     if scale == 0:
@@ -30,8 +33,9 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
     relative = damping
     while True:
         mu = relative * scale
-        factor, info = torch.linalg.cholesky_ex(add_diagonal(gram, mu))
-        if info.item() == 0 and torch.isfinite(factor).all():
+        with raised_diagonal(gram, mu):
+            factor, info = torch.linalg.cholesky_ex(gram)
+        if info.item() == 0 and _all_finite(factor.mT):  # its columns are contiguous
             return factor, mu
         relative = max(relative * ESCALATION, torch.finfo(gram.dtype).eps * gram.shape[0])
         log.warning(
@@ -39,11 +43,21 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
         )
 
 
-def add_diagonal(matrix: Tensor, value: float) -> Tensor:
-    """matrix + value I, a new tensor."""
-    result = matrix.clone()
-    result.diagonal().add_(value)
-    return result
+def _all_finite(matrix: Tensor) -> bool:
+    """As torch.isfinite finds it, which makes copies on the way. matrix: contiguous, or this makes one too."""
+    return all(torch.isfinite(end).item() for end in torch.aminmax(matrix))  # both are NaN where one number is
+
+
+@contextlib.contextmanager
+def raised_diagonal(matrix: Tensor, value: float) -> Iterator[None]:
+    """Inside, the matrix is matrix + value I; then it is as before, bit by bit."""
+    diagonal = matrix.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(value)
+    try:
+        yield
+    finally:
+        diagonal.copy_(before)
 
 
 def solve_right(matrix: Tensor, factor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Forward passes through one layer that stop at its linears, so that these can be solved and replaced in mid-flight.
 
 What a linear receives depends on what those before it became. Running the layer from its start for every group of
-linears would do most of its arithmetic several times; here every batch's pass waits, with the tensors it holds, where
-it reached the group, and goes on through what was put in its place.
+linears would do most of its arithmetic several times; here a batch's pass waits, with the tensors it holds, where
+it reached the group, and goes on through what was put in its place. Where memory has no room for all to wait, the
+passes of the other batches begin anew for every group: they come to the same, bit by bit, through the same operations.
 """
 
 import threading
@@ -33,7 +34,8 @@ class _Abandoned(Exception):
 class _Pass:
     """One forward pass in a thread of its own. Only one thread runs at a time: the others wait for a semaphore."""
 
-    def __init__(self, run: Callable[[], Tensor]):
+    def __init__(self, run: Callable[[], Tensor], through: frozenset[str] = frozenset()):
+        self._through = set(through)  # linears where it does not stop, for once
         self.windows = 0
         self.hidden: Tensor | None = None  # what the layer returned
         self.streams: dict[str, Tensor] = {}
@@ -54,7 +56,10 @@ class _Pass:
         return self._stop
 
     def wait_at(self, stop: Stop) -> None:
-        """Called inside the pass."""
+        """Called inside the pass, which waits unless it goes through there."""
+        if stop.linear in self._through:
+            self._through.remove(stop.linear)
+            return
         self._stop = stop
         self._has_stopped.release()
         self._may_run.acquire()
@@ -81,14 +86,21 @@ class _Pass:
 
 
 class Lockstep:
-    """All batches of one flow through one layer, stopped together at one linear after the other."""
+    """All batches of one flow through one layer, stopped together at one linear after the other.
+
+    waiting: how many of the batches wait between stops, None for all.
+    """
 
     running: _Pass  # the one that is under way
 
-    def __init__(self, layer: nn.Module, batches: Iterable[Tensor], keywords: dict[str, Any]):
+    def __init__(self, layer: nn.Module, batches: Iterable[Tensor], keywords: dict[str, Any], waiting: int | None):
         self._layer = layer
         device = next(layer.parameters()).device
-        self._passes = [_Pass(self._run(batch, device, keywords)) for batch in batches]
+        runs = [self._run(batch, device, keywords) for batch in batches]
+        self._waiting = [_Pass(run) for run in runs[:waiting]]
+        self._others = runs[len(self._waiting) :]
+        self._behind: frozenset[str] = frozenset()  # linears that all passes have reached
+        self._anew: _Pass | None = None  # begun for the stop under way
 
     def _run(self, batch: Tensor, device: torch.device, keywords: dict[str, Any]) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -103,8 +115,8 @@ class Lockstep:
 
         Raises: RunError where a batch gets elsewhere.
         """
-        for one in self._passes:
-            self.running = one
+        through, self._behind = self._behind, self._behind | {linear}
+        for one in self._passes(through):
             stop = one.go_on()
             if stop is None or stop.linear != linear:
                 raise RunError(f"{linear} is not called once, in the same order, by every batch: no way to compress it")
@@ -112,20 +124,33 @@ class Lockstep:
 
     def outputs(self) -> Iterator[Tensor]:
         """Let one batch after the other go on to its end; the layer's output hidden states of each."""
-        for one in self._passes:
-            self.running = one
+        for one in self._passes(self._behind):
             if one.go_on() is not None or one.hidden is None:
                 raise RunError("a linear of this layer is called more often than in a short pass: can't compress it")
             yield one.hidden
             one.hidden = None
+            one.streams.clear()
+
+    def _passes(self, through: frozenset[str]) -> Iterator[_Pass]:
+        """The pass of one batch after the other, as the one that runs: those that wait, then those that begin anew."""
+        for one in self._waiting:
+            self.running = one
+            yield one
+        for run in self._others:
+            self.running = self._anew = _Pass(run, through)
+            yield self._anew
+            self._anew.abandon()
+            del self.running  # and what it held
+            self._anew = None
 
     def reached(self, linear: str, x: Tensor, stream: str | None) -> None:
         one = self.running
         one.wait_at(Stop(linear, x, None if stream is None else one.streams[stream], one.windows))
 
     def close(self) -> None:
-        for one in self._passes:
-            one.abandon()
+        for one in (*self._waiting, self._anew):
+            if one:
+                one.abandon()
 
 
 @contextmanager
@@ -134,14 +159,16 @@ def lockstep(
     stops: Mapping[str, str | None],
     batches: Iterable[Tensor],
     keywords: dict[str, Any],
+    waiting: int | None = None,
 ) -> Iterator[Lockstep]:
     """Passes of the batches through the layer, each stopping where it reaches one of the linears in `stops`.
 
     stops: linear -> the submodule whose input is the residual stream wanted with it, "" for the layer's own input,
     None for none; batches: hidden states (windows, length, width) on any device, run on the layer's. A linear that
-    has been replaced in the layer by the time a pass goes on is passed through in its new form.
+    has been replaced in the layer by the time a pass goes on is passed through in its new form. waiting: how many of
+    the batches keep what they hold from stop to stop, None for all; the others run from the layer's start each time.
     """
-    flow = Lockstep(layer, batches, keywords)
+    flow = Lockstep(layer, batches, keywords, waiting)
 
     def stopping(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:

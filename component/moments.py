@@ -29,8 +29,8 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
     left: (..., m), right: (..., n), any float dtype; total: (m, n) float64 or None for zero.
     """
-    product = (left.flatten(0, -2).float().T @ right.flatten(0, -2).float()).double()
-    return product if total is None else total.add_(product)
+    product = left.flatten(0, -2).float().T @ right.flatten(0, -2).float()
+    return product.double() if total is None else total.add_(product)
 
 
 def add_magnitude(total: Tensor | None, x: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ class Narrowing:
         batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
         finished: list[tuple[str, nn.Module]] = []
         with (
-            lockstep(dense, stops, batches[0], kwargs) as dense_flow,
-            lockstep(small, stops, batches[1], kwargs) as flow,
+            lockstep(dense, stops, batches[0], kwargs, flows.waiting) as dense_flow,
+            lockstep(small, stops, batches[1], kwargs, flows.waiting) as flow,
         ):
             if width is not None:
                 moment, start = None, first

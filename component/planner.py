@@ -26,8 +26,8 @@ from component.tuning import ATTENTION_STEP, Recipe, searches_attention
 from utils import checkpoint as files
 from utils import report
 from utils.errors import UsageError
-from utils.estimate import Shapes, Work, estimate
-from utils.layers import DecoderLayer, HeldLayers, LayerSource, uncalled_linears
+from utils.estimate import Estimate, Shapes, Work
+from utils.layers import DecoderLayer, LayerSource, uncalled_linears
 from utils.placement import Shelf
 
 log = logging.getLogger("pifa")
@@ -49,13 +49,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Means:
-    """What the work is done with. batch: windows through a layer at once; source, shelf, team: see compress_layers."""
+    """What the work is done with. batch, waiting: see Flows; source, shelf, team: see compress_layers."""
 
     device: torch.device
     batch: int
     source: LayerSource
     shelf: Shelf = field(default_factory=Shelf)
     team: Team = field(default_factory=Team)
+    waiting: int | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def draft_of(
         raise UsageError("--passes 2 is for what reads a profile, such as --allocation kl")
     windows = job.windows[:DRAFT_WINDOWS]
     plan, solver = planner.plan(recipe), planner.solver(recipe)
-    flows = Flows(windows, len(windows), len(windows), means.batch)
+    flows = Flows(windows, len(windows), len(windows), means.batch, means.waiting)
     what = model, described, plan, solver, flows, means.device, job.dtype
     driver = compress_layers(*what, source=means.source, shelf=means.shelf, team=means.team)
     layers = [layer.cpu() for _, layer in driver]
@@ -262,26 +263,16 @@ def modules_of(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Mo
     return modules
 
 
-def announce(
-    options: Namespace,
-    model: PreTrainedModel,
-    described: list[DecoderLayer],
-    modules: list[Module],
-    flows: Flows,
-    means: Means,
-) -> None:
+def announce(options: Namespace, modules: list[Module], flows: Flows, device: torch.device, found: Estimate) -> None:
     """What is about to be done, and what it takes."""
     log.info(
         "density %g (ratio removed %g), %d linears, %d windows of %d tokens on %s",
-        options.density, 1 - options.density, len(modules), *flows.windows.shape, means.device,
+        options.density, 1 - options.density, len(modules), *flows.windows.shape, device,
     )  # fmt: skip
-    shapes, work = shapes_of(model, described, modules), work_of(options, modules, flows)
-    whole = isinstance(means.source, HeldLayers)
-    found = estimate(shapes, work, means.device.type == "cuda", means.shelf.limit, whole)
     parts = {"device memory": found.device, "host memory": found.host, "disk": found.disk}
     said = ", ".join(f"{part} {size / report.GIB:.2f} GiB" for part, size in parts.items() if size is not None)
     log.info("estimate: %s (of it %.2f GiB hidden states while it runs)", said, found.mapped / report.GIB)
-    if found.host > report.available_memory():
+    if found.host - report.resident_memory() > report.available_memory():
         log.warning("that is more host memory than is free: use fewer windows, or --host_memory to map them from files")
     tokens = flows.reconstruction * flows.windows.shape[1]
     rows = max(module.d_in for module in modules)
@@ -314,8 +305,8 @@ def shapes_of(model: PreTrainedModel, described: list[DecoderLayer], modules: li
     )
 
 
-def work_of(options: Namespace, modules: list[Module], flows: Flows) -> Work:
-    """As the flags ask for it, with ranks as uniform allocation gives them."""
+def work_of(options: Namespace, modules: list[Module], flows: Flows, processes: int = 1) -> Work:
+    """What each of so many processes does, as the flags ask for it, with ranks as uniform allocation gives them."""
     recipe = recipe_of(options)
     solver = make_solver(options.prune, options.reconstruct_step, recipe.old_output_factor, recipe.drift_factor)
     storage = PIVOTED if options.use_pifa else LOW_RANK
@@ -324,7 +315,7 @@ def work_of(options: Namespace, modules: list[Module], flows: Flows) -> Work:
     profiles = options.allocation in PROFILED or recipe.output_shrinkage is not None or recipe.token_power
     two = solver.needs_low_rank_flow
     return Work(
-        tokens=flows.needed_by(solver).numel(),
+        tokens=-(-flows.needed_by(solver).numel() // processes),
         batch_tokens=min(flows.batch, len(flows.windows)) * length,
         flows=2 if two else 1,
         states=2 + bool(options.refine_steps) if two else 1,
@@ -332,4 +323,5 @@ def work_of(options: Namespace, modules: list[Module], flows: Flows) -> Work:
         square=solver.needs_dense_gram + solver.needs_gram + solver.needs_cross,
         drift=int(solver.needs_drift),
         stored=sum(LOW_RANK.stored(ranks[module.name], module.d_out, module.d_in) for module in modules),
+        weighted=recipe.output_shrinkage is not None,
     )

@@ -8,10 +8,11 @@ gram G = X_u X_u^T and cross C = X_o X_u^T.
 import torch
 from torch import Tensor
 
-from component.linalg import add_diagonal, balance, damped_cholesky, solve_right
+from component.linalg import balance, damped_cholesky, raised_diagonal, solve_right
 from component.whitening import truncate
 
 EXACT_DAMPING = 1e-3  # mu of the exact solver, of the mean diagonal of G
+ROWS = 2048  # of moments that are mixed at once: all of them would be one more (d_in, d_in)
 PAPER_RIDGE = 1e-3  # alpha of the paper's V step, absolute, on raw sums
 
 
@@ -33,9 +34,14 @@ def target_moment(
     weight: (d_out, d_in); gram, cross: (d_in, d_in); drift: (d_out, d_in), float64; mix_ratio: lambda; drift_ratio:
     rho. cross and drift may be None where their ratio is 0 or the module writes into no stream.
     """
-    mixed = gram if cross is None else mix_ratio * cross + (1 - mix_ratio) * gram
-    target = weight.double() @ mixed
-    return target if drift is None else target + drift_ratio * drift
+    weight = weight.double()
+    if cross is None:
+        target = weight @ gram
+    else:
+        target = weight.new_zeros(len(weight), gram.shape[1])
+        for part, c, g in zip(weight.split(ROWS, 1), cross.split(ROWS), gram.split(ROWS), strict=True):
+            target.addmm_(part, ((1 - mix_ratio) * g).add_(c, alpha=mix_ratio))
+    return target if drift is None else target.add_(drift, alpha=drift_ratio)
 
 
 def exact_factors(
@@ -59,7 +65,7 @@ def exact_factors(
     Returns balanced u: (d_out, r), v: (r, d_in), float64.
     """
     factor, mu = damped_cholesky(gram, damping, what)
-    moment = target + mu * weight.double()
+    moment = torch.add(target, weight.double(), alpha=mu)
     whitened = torch.linalg.solve_triangular(factor, moment.T, upper=False).T
     u, v = truncate(whitened if weighting is None else weighting.T @ whitened, rank)
     if weighting is not None:
@@ -98,5 +104,6 @@ def alternating_factors(
     if step in (1, 2):
         u = update_u(target, gram, v, what)
     if step in (2, -1):
-        v = update_v(target + PAPER_RIDGE * weight.double(), add_diagonal(gram, PAPER_RIDGE), u, what)
+        with raised_diagonal(gram, PAPER_RIDGE):
+            v = update_v(target + PAPER_RIDGE * weight.double(), gram, u, what)
     return balance(u, v)

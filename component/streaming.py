@@ -3,7 +3,7 @@
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,15 @@ class Flows:
     """How the calibration windows are used. windows: (count, length) int64.
 
     whitening and reconstruction count from the first window on: how many feed the moments of the dense flow alone, and
-    how many the two-flow moments. batch: windows that go through a layer at once.
+    how many the two-flow moments. batch: windows that go through a layer at once. waiting: of the batches, those whose
+    passes wait in mid-layer, None for all; it changes memory and time only (lockstep.py).
     """
 
     windows: Tensor
     whitening: int
     reconstruction: int
     batch: int = 1
+    waiting: int | None = None
 
     def needed_by(self, solver: Solver) -> Tensor:
         """The windows that go through the layers; a solver that looks at no data still needs a layer's keywords."""
@@ -144,15 +146,15 @@ def _solve_layer(
     groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
     batches = [[] if flow is None else list(flow.split(flows.batch)) for flow in states]
-    with lockstep(dense, stops, batches[0], kwargs) as dense_flow, lockstep(small, stops, batches[1], kwargs) as flow:
+    with (
+        lockstep(dense, stops, batches[0], kwargs, flows.waiting) as dense_flow,
+        lockstep(small, stops, batches[1], kwargs, flows.waiting) as flow,
+    ):
         for group in groups:
             moments = Moments()
             weights = solver.token_weights(f"{described.name}.{group[0]}") if solver.token_weights else None
-            low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None)
-            start = first
-            for dense_stop, stop in zip(dense_flow.at(group[0]), low_rank, strict=False):
-                add_moments(moments, dense_stop, stop, solver, flows, weights, start)
-                start += dense_stop.windows
+            low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None, len(batches[0]))
+            _gather(moments, dense_flow.at(group[0]), low_rank, solver, flows, weights, first)
             device = next(small.parameters()).device
             team.add_up(moments, device)
             found = {}
@@ -188,6 +190,21 @@ def _refine(
     log.info("%s refined: relative error %.4g -> %.4g", name, *losses)
     after.copy_(before)
     advance(small, after, kwargs, batch)
+
+
+def _gather(
+    moments: Moments,
+    dense: Iterable[Stop],
+    low_rank: Iterable[Stop | None],
+    solver: Solver,
+    flows: Flows,
+    weights: Tensor | None,
+    start: int,
+) -> None:
+    """Add all batches where their passes wait. Of what they hold nothing is left here: solving needs the room."""
+    for dense_stop, stop in zip(dense, low_rank, strict=True):
+        add_moments(moments, dense_stop, stop, solver, flows, weights, start)
+        start += dense_stop.windows
 
 
 def add_moments(

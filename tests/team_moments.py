@@ -32,7 +32,7 @@ def compress(team, kind: str) -> tuple[dict[str, Moments], dict[str, torch.Tenso
     plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
     weights = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
     solver = Solver(solve, **needs, token_weights=(lambda name: weights) if kind == "exact" else None)
-    flows = Flows(WINDOWS, WHITENING, 6, 2)
+    flows = Flows(WINDOWS, WHITENING, 6, 2, None if team.size == 1 else 1)  # of a team, not all passes wait
     layers = compress_layers(model, described, plan, solver, flows, torch.device("cpu"), torch.float32, team=team)
     return seen, {f"{i}.{key}": t for i, layer in layers for key, t in layer.state_dict().items()}
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.linalg import add_diagonal, balance, damped_cholesky, packed, solve_right, unpacked
+from component.linalg import balance, damped_cholesky, packed, raised_diagonal, solve_right, unpacked
 from tests.tiny import gram_of, rand
 from utils.errors import RunError
 
@@ -88,11 +88,21 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_the_module(value, p
         damped_cholesky(gram, 1e-6, "layer 3")
 
 
-def test_add_diagonal_leaves_its_argument_alone():
+def test_a_raised_diagonal_comes_back_bit_by_bit_also_after_an_error():
     matrix = rand(3, 3)
     before = matrix.clone()
-    torch.testing.assert_close(add_diagonal(matrix, 2.0), before + 2 * identity(3))
+    with pytest.raises(KeyError), raised_diagonal(matrix, 0.1):
+        assert torch.equal(matrix, before + 0.1 * identity(3))
+        raise KeyError
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])  # with 3 the matrix is singular, and damping has to be raised
+def test_a_factored_matrix_is_left_as_it_was(tokens):
+    gram = gram_of(rand(6, tokens))
+    before = gram.clone()
+    damped_cholesky(gram, 0.0, "layer 3")
+    assert torch.equal(gram, before)
 
 
 def test_solve_right_is_the_product_with_the_inverse():

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -61,14 +62,15 @@ def no_thread_is_left():
     assert set(threading.enumerate()) <= before
 
 
+@pytest.mark.parametrize("waiting", [None, 1, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stops_see_what_hooks_on_a_plain_forward_pass_see(family):
+def test_stops_see_what_hooks_on_a_plain_forward_pass_see(family, waiting):
     layer, described, batches, keywords = second_layer(family)
     stops = stops_of(described)
     streams = [stream for stream in stops.values() if stream is not None]
     assert len(streams) == (0 if family == "gemma2" else 2)  # its norms stand between a writer and the stream
     plain = [undisturbed(layer, batch, keywords, [*stops, *streams]) for batch in batches]
-    with lockstep(layer, stops, batches, keywords) as flow:
+    with lockstep(layer, stops, batches, keywords, waiting) as flow:
         for linear, stream in stops.items():
             for stop, batch, (_, seen) in zip(flow.at(linear), batches, plain, strict=True):
                 assert (stop.linear, stop.windows) == (linear, len(batch))
@@ -88,8 +90,9 @@ def replaced(linear: nn.Linear) -> LowRankLinear:
     return LowRankLinear.from_factors(u, v, linear.bias, torch.float32)
 
 
+@pytest.mark.parametrize("waiting", [None, 1, 0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_linear_that_was_replaced_meanwhile_is_passed_through_in_its_new_form(family):
+def test_a_linear_that_was_replaced_meanwhile_is_passed_through_in_its_new_form(family, waiting):
     """Whether it is the one where the passes wait, or another of its group that they have not reached yet."""
     layer, described, batches, keywords = second_layer(family)
     new = {name: replaced(layer.get_submodule(name)) for name in described.linears()}
@@ -98,7 +101,7 @@ def test_a_linear_that_was_replaced_meanwhile_is_passed_through_in_its_new_form(
         changed.set_submodule(name, module)
     stops = stops_of(described)
     plain = [undisturbed(changed, batch, keywords, list(stops)) for batch in batches]
-    with lockstep(layer, stops, batches, keywords) as flow:
+    with lockstep(layer, stops, batches, keywords, waiting) as flow:
         for group in described.groups:
             for stop, (_, seen) in zip(flow.at(group[0]), plain, strict=True):
                 assert torch.equal(stop.x, seen[group[0]])
@@ -109,18 +112,34 @@ def test_a_linear_that_was_replaced_meanwhile_is_passed_through_in_its_new_form(
     assert patched(layer) == []
 
 
-def test_two_flows_go_side_by_side():
+@pytest.mark.parametrize("waiting", [None, 2])
+def test_two_flows_go_side_by_side(waiting):
     layer, described, batches, keywords = second_layer("llama-gqa")
     other = copy.deepcopy(layer)
     other.get_submodule("self_attn.o_proj").weight.mul_(0.5)
     stops = stops_of(described)
     plain = [[undisturbed(each, batch, keywords, list(stops)) for batch in batches] for each in (layer, other)]
-    with lockstep(layer, stops, batches, keywords) as first, lockstep(other, stops, batches, keywords) as second:
+    flows = [lockstep(each, stops, batches, keywords, waiting) for each in (layer, other)]
+    with flows[0] as first, flows[1] as second:
         for linear in stops:
             for index, pair in enumerate(zip(first.at(linear), second.at(linear), strict=True)):
                 assert all(torch.equal(stop.x, flow[index][1][linear]) for stop, flow in zip(pair, plain, strict=True))
         for flow, expected in zip((first, second), plain, strict=True):
             assert all(torch.equal(found, output) for found, (output, _) in zip(flow.outputs(), expected, strict=True))
+
+
+def test_only_passes_that_do_not_wait_run_again_and_they_keep_nothing():
+    layer, described, batches, keywords = second_layer("llama-gqa")
+    stops, alive = stops_of(described), threading.active_count()
+    seen: list[int] = []
+    layer.get_submodule("input_layernorm").register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    with lockstep(layer, stops, batches, keywords, 1) as flow:
+        for linear in stops:
+            inputs = [weakref.ref(stop.x) for stop in flow.at(linear)]
+            assert [x() is not None for x in inputs] == [True, False, False]
+            assert threading.active_count() == alive + 1
+        list(flow.outputs())
+    assert seen == BATCHES + len(stops) * BATCHES[1:]
 
 
 def test_without_stops_it_is_a_plain_forward_pass():
@@ -133,8 +152,9 @@ def test_without_stops_it_is_a_plain_forward_pass():
     )
 
 
+@pytest.mark.parametrize("waiting", [None, 0])
 @pytest.mark.parametrize("where", ["before the first stop", "behind it"])
-def test_an_error_inside_a_layer_reaches_the_caller(where):
+def test_an_error_inside_a_layer_reaches_the_caller(where, waiting):
     layer, described, batches, keywords = second_layer("llama-gqa")
     broken = layer.get_submodule("input_layernorm" if where == "before the first stop" else "self_attn.k_proj")
 
@@ -144,7 +164,7 @@ def test_an_error_inside_a_layer_reaches_the_caller(where):
     handle = broken.register_forward_pre_hook(fail)
     with (
         pytest.raises(ValueError, match="no such luck"),
-        lockstep(layer, stops_of(described), batches, keywords) as flow,
+        lockstep(layer, stops_of(described), batches, keywords, waiting) as flow,
     ):
         assert len(list(flow.at("self_attn.q_proj"))) == len(batches)
         assert where == "behind it"
@@ -153,14 +173,15 @@ def test_an_error_inside_a_layer_reaches_the_caller(where):
     assert patched(layer) == []
 
 
+@pytest.mark.parametrize("waiting", [3, 1, 0])
 @pytest.mark.parametrize("stopped", [0, 1, 2, 4])
-def test_leaving_early_leaves_no_thread_and_no_patch(stopped):
+def test_leaving_early_leaves_no_thread_and_no_patch(stopped, waiting):
     """The fixture looks for threads; here one more batch than the others waits where the block is left."""
     layer, described, batches, keywords = second_layer("llama-gqa")
     stops = stops_of(described)
     alive = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), lockstep(layer, stops, batches, keywords) as flow:
-        assert threading.active_count() == alive + len(batches) and patched(layer)
+    with pytest.raises(KeyboardInterrupt), lockstep(layer, stops, batches, keywords, waiting) as flow:
+        assert threading.active_count() == alive + waiting and patched(layer)
         for linear in list(stops)[:stopped]:
             for number, _ in enumerate(flow.at(linear)):
                 if linear == list(stops)[stopped - 1] and number == 1:
@@ -185,6 +206,7 @@ class Odd(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("waiting", [None, 0])
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
@@ -195,11 +217,11 @@ class Odd(nn.Module):
         (["a", "b", "b"], "called more often"),
     ],
 )
-def test_a_linear_called_twice_or_not_at_all_is_an_error(calls, message):
+def test_a_linear_called_twice_or_not_at_all_is_an_error(calls, message, waiting):
     layer = Odd(calls)
     with (
         pytest.raises(RunError, match=message),
-        lockstep(layer, {"a": None, "b": None}, [torch.ones(1, 3, 4)], {}) as f,
+        lockstep(layer, {"a": None, "b": None}, [torch.ones(1, 3, 4)], {}, waiting) as f,
     ):
         list(f.at("a"))
         list(f.at("b"))

@@ -12,7 +12,7 @@ import torch
 import PIFA
 from tests import tiny
 from utils import checkpoint as files
-from utils.placement import Shelf, home
+from utils.placement import Shelf, free_bytes, home, stays_on_card, wake
 
 CPU = torch.device("cpu")
 
@@ -98,4 +98,10 @@ def test_mapped_hidden_states_change_no_byte(changes, arguments, tmp_path, monke
 
 
 def test_the_host_is_home_without_a_card():
+    wake(CPU)
+    assert free_bytes(CPU) is None
     assert home(1, CPU) == CPU
+
+
+def test_hidden_states_take_no_more_than_a_quarter_of_a_card():
+    assert stays_on_card(24, 100) and not stays_on_card(25, 100)

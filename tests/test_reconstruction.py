@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from component.linalg import add_diagonal
+from component import reconstruction
 from component.reconstruction import (
     EXACT_DAMPING,
     PAPER_RIDGE,
@@ -96,7 +96,7 @@ def test_no_perturbation_of_the_exact_factors_lowers_the_objective(p, seed, expo
 def test_no_other_matrix_of_the_rank_is_better_than_the_exact_one(p, seed):
     """Also far away from it: random starts, improved by one sweep of best U, best V."""
     least = p.objective(*p.exact())
-    moment, gram = p.target + p.mu * p.weight, add_diagonal(p.gram, p.mu)
+    moment, gram = p.target + p.mu * p.weight, p.gram + p.mu * torch.eye(len(p.gram), dtype=torch.float64)
     u = update_u(moment, gram, rand(p.rank, p.weight.shape[1], seed=seed))
     v = update_v(moment, gram, u)
     assert least <= p.objective(u, v) * (1 + 1e-6) + 1e-9
@@ -108,7 +108,7 @@ def test_no_other_matrix_of_the_rank_is_better_than_the_exact_one(p, seed):
 def test_exact_is_the_limit_of_alternating_steps(m, n, rank, mix_ratio, seed):
     """With B + mu W and G + mu I in both steps, from plain SVD factors of W."""
     p = problem(m, n, rank, mix_ratio, seed)
-    moment, gram = p.target + p.mu * p.weight, add_diagonal(p.gram, p.mu)
+    moment, gram = p.target + p.mu * p.weight, p.gram + p.mu * torch.eye(len(p.gram), dtype=torch.float64)
     u, v = plain_factors(p.weight, rank)
     for _ in range(3000):
         before = u @ v
@@ -236,3 +236,15 @@ def test_equal_ratios_pull_stream_and_module_together_towards_the_dense_flow():
     wanted = share * (h_dense + weight @ x_dense) + (1 - share) * (h + weight @ x) - h
     moment = target_moment(weight, gram_of(x), x_dense @ x.T, share, (h_dense - h) @ x.T, share)
     assert relative(moment, wanted @ x.T) < 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+@pytest.mark.parametrize("mix_ratio", [0.0, 0.3, 1.0])
+def test_the_target_is_the_same_however_many_rows_are_mixed_at_once(rows, mix_ratio, monkeypatch):
+    monkeypatch.setattr(reconstruction, "ROWS", rows)
+    weight, gram, cross, drift = rand(5, 7), gram_of(rand(7, 20, seed=1)), rand(7, 7, seed=2), rand(5, 7, seed=3)
+    before = [tensor.clone() for tensor in (weight, gram, cross, drift)]
+    found = target_moment(weight.float(), gram, cross, mix_ratio, drift, 0.5)
+    expected = weight.float().double() @ (mix_ratio * cross + (1 - mix_ratio) * gram) + 0.5 * drift
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    assert all(torch.equal(*pair) for pair in zip((weight, gram, cross, drift), before, strict=True))

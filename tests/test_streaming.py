@@ -344,6 +344,23 @@ def state_of(layers: dict[int, nn.Module]) -> dict[str, Tensor]:
     return {f"{index}.{key}": t for index, layer in layers.items() for key, t in layer.state_dict().items()}
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2", "gemma2", "opt"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("waiting", [0, 1, 5])
+def test_passes_that_begin_anew_change_no_bit(waiting, method, family):
+    model = tiny.build(family)
+    described = describe_layers(model)
+    plan = ranks_of(described)
+    solver, cpu = make_solver(*METHODS[method]), torch.device("cpu")
+    found = []
+    for count in (None, waiting):
+        flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 1, count)
+        layers = compress_layers(model, described, plan, solver, flows, cpu, torch.float32)
+        found.append(state_of(dict(layers)))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
 def test_weights_of_one_change_nothing_and_others_do():
     model = tiny.build()
     plain, ones, others = (

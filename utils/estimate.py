@@ -1,11 +1,30 @@
 """What a run will take, from shapes alone: bytes on the device, in host memory and on disk.
 
-Numbers in, numbers out. The largest layer stands for all; what the libraries themselves take is not counted.
+Numbers in, numbers out. The largest layer stands for all. On the device live at once, while a group of linears that
+share d_in inputs is solved:
+
+- the layer, dense and as far as it is compressed, and the hidden states where they fit (placement.py);
+- the passes that wait in mid-layer (lockstep.py), as many batches as `WAITING_SHARE` of the free memory holds;
+- moments: (d_in, d_in) in float64, two of them for exact M (Gram and cross), and (width, d_in) of the drift;
+- while they are summed: one batch's product in float32, and its two sides in float32;
+- while they are used: their Cholesky factor, (d_in, d_in) in float64; target, moment and whitened moment, (d_out, d_in)
+  in float64; an eigendecomposition of the smaller side, four of its squares in float64.
+
+With 128 windows of 2048 in float16 and 79 GiB free these are, in GiB, at the down projection:
+
+| LLaMA-2 | layer | states | passes (if all waited) | Gram, cross, factor | drift | targets | eigen | sum |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| 70B, 28,672 -> 8192 | 3.2 | 8 | 8.6 (46) | 3 x 6.1 | 1.75 | 5.25 | 2.0 | 47 |
+| 7B, 11,008 -> 4096 | 0.8 | 4 | 9.1 (21) | 3 x 0.9 | 0.34 | 1.0 | 0.5 | 18 |
 """
 
 from dataclasses import dataclass
 
+from utils.placement import stays_on_card
+
 FLOAT32, FLOAT64 = 4, 8
+WAITING_SHARE = 0.125  # of the card's free memory: the room it leaves is worth more than the passes that begin anew
+WORKSPACE = 2**25  # bytes that cuBLAS is given for each thread, on Hopper; less elsewhere
 
 Group = tuple[tuple[int, int], ...]  # (d_out, d_in) of linears that share an input
 
@@ -35,7 +54,7 @@ class Work:
     of hidden states, two flows and what else is kept of them.
 
     profiled: tokens of the profile, 0 for none. square, drift: how many float64 moments a group has that are
-    (d_in, d_in), and (width, d_in). stored: numbers of all compressed linears.
+    (d_in, d_in), and (width, d_in). stored: numbers of all compressed linears. weighted: whether outputs are.
     """
 
     tokens: int
@@ -46,6 +65,17 @@ class Work:
     square: int
     drift: int
     stored: int
+    weighted: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """free: bytes on the card, None without one. limit: bytes of hidden states that host memory may hold, None for any.
+    resident: bytes of host memory that the process holds before it reads the model."""
+
+    free: int | None
+    limit: int | None = None
+    resident: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,39 +88,76 @@ class Estimate:
     disk: int
 
 
-def waiting_numbers(shapes: Shapes) -> int:
-    """Numbers per token that a pass holds while it waits at a linear, where they are most.
+def waiting_numbers(shapes: Shapes, number: int) -> int:
+    """Numbers per token that a pass holds while it waits at the group of this number, beside the layer's input.
 
-    These are the residual stream, its normalised copy, the linear's input, and, inside attention, what the linears
-    before returned (queries, keys and values live until the block is through).
+    These are the residual stream behind attention, its normalised copy, the linear's input, and, inside attention,
+    what the linears before returned (queries, keys and values live until the block is through).
     """
-    most = 0
-    for number, group in enumerate(shapes.groups):
-        before = shapes.groups[:number] if number < shapes.attention else ()
-        kept = sum(d_out for earlier in before for d_out, _ in earlier)
-        shares = group[0][1] if number not in (0, shapes.attention) else 0  # else the input is the normalised copy
-        most = max(most, 2 * shapes.width + shares + kept)
-    return most
+    inside = number < shapes.attention
+    before = shapes.groups[:number] if inside else ()
+    kept = sum(d_out for earlier in before for d_out, _ in earlier)
+    own = shapes.groups[number][0][1] if number not in (0, shapes.attention) else 0  # else it is the normalised copy
+    return shapes.width + own + kept + (0 if inside else shapes.width)
 
 
-def solving_bytes(shapes: Shapes, work: Work) -> int:
-    """Moments of the group that takes most, and the solver's workspace: target, whitened target, their factors."""
-    most = 0
-    for group in shapes.groups:
-        d_in = group[0][1]
-        moments = work.square * d_in**2 + work.drift * shapes.width * d_in
-        workspace = 3 * d_in**2 + 3 * max(d_out * d_in for d_out, _ in group)
-        most = max(most, FLOAT64 * (moments + workspace))
-    return most
+def states_bytes(shapes: Shapes, work: Work) -> int:
+    return work.states * work.tokens * shapes.width * shapes.size
 
 
-def working_bytes(shapes: Shapes, work: Work) -> int:
-    """While a layer is solved: the layer in both flows, waiting passes, one running one, moments and workspace."""
-    layer = 2 * shapes.layer_numbers * shapes.size
-    waiting = work.flows * work.tokens * waiting_numbers(shapes) * shapes.size
+def states_on_card(shapes: Shapes, work: Work, machine: Machine) -> bool:
+    return machine.free is not None and stays_on_card(states_bytes(shapes, work), machine.free)
+
+
+def pass_bytes(shapes: Shapes, work: Work, machine: Machine, number: int) -> int:
+    """What one batch's passes, threads, hold at a group; a layer's input counts where it is a copy from elsewhere."""
+    on_card = machine.free is not None
+    copied = on_card and not states_on_card(shapes, work, machine)
+    numbers = waiting_numbers(shapes, number) + (shapes.width if copied else 0)
+    return work.flows * (work.batch_tokens * numbers * shapes.size + (WORKSPACE if on_card else 0))
+
+
+def waiting_batches(shapes: Shapes, work: Work, machine: Machine) -> int | None:
+    """How many batches' passes wait in mid-layer, one at least; None without a card: all do."""
+    if machine.free is None:
+        return None
+    most = max(pass_bytes(shapes, work, machine, number) for number in range(len(shapes.groups)))
+    return max(1, int(WAITING_SHARE * machine.free / most))
+
+
+def moment_bytes(shapes: Shapes, work: Work, number: int) -> int:
+    d_in = shapes.groups[number][0][1]
+    return FLOAT64 * (work.square * d_in**2 + work.drift * shapes.width * d_in)
+
+
+def solving_bytes(shapes: Shapes, work: Work, number: int) -> int:
+    """A group's moments, and what the solver makes of them: see above."""
+    d_in = shapes.groups[number][0][1]
+    d_out = max(d_out for d_out, _ in shapes.groups[number])
+    weighting = work.weighted * (d_out**2 + d_out * d_in)
+    target = 3 * d_out * d_in + max(d_out * d_in, 4 * min(d_out, d_in) ** 2)
+    return moment_bytes(shapes, work, number) + FLOAT64 * (d_in**2 + target + weighting)
+
+
+def gathering_bytes(shapes: Shapes, work: Work, number: int) -> int:
+    """A group's moments while a batch, which runs, is added."""
+    d_in = shapes.groups[number][0][1]
     widest = max(sum(d_out for d_out, _ in group) + group[0][1] for group in shapes.groups)
-    running = work.batch_tokens * widest * FLOAT32
-    return layer + waiting + running + solving_bytes(shapes, work)
+    added = FLOAT32 * (d_in**2 + 2 * work.batch_tokens * d_in)
+    return moment_bytes(shapes, work, number) + added + work.batch_tokens * widest * shapes.size
+
+
+def working_bytes(shapes: Shapes, work: Work, machine: Machine) -> int:
+    """While a layer is solved, without hidden states: the layer in both flows, and the group that takes most."""
+    waiting = waiting_batches(shapes, work, machine)
+    batches = work.tokens / work.batch_tokens
+    batches = batches if waiting is None else min(batches, waiting)
+    most = max(
+        int(batches * pass_bytes(shapes, work, machine, number))
+        + max(solving_bytes(shapes, work, number), gathering_bytes(shapes, work, number))
+        for number in range(len(shapes.groups))
+    )
+    return 2 * shapes.layer_numbers * shapes.size + most
 
 
 def profiling_bytes(shapes: Shapes, work: Work) -> int:
@@ -105,14 +172,26 @@ def profiling_bytes(shapes: Shapes, work: Work) -> int:
     return shapes.layer_numbers * FLOAT32 + batch + moments
 
 
-def estimate(shapes: Shapes, work: Work, on_card: bool, limit: int | None, whole: bool = False) -> Estimate:
-    """limit: bytes of hidden states that host memory may hold; whole: the model is in memory, not read by layers."""
-    states = work.states * work.tokens * shapes.width * shapes.size
-    profile = (shapes.layers + 3) * work.profiled * shapes.width * FLOAT32
-    mapped = max((size for size in (states, profile) if limit is not None and size > limit), default=0)
-    kept = max((size for size in (states, profile) if limit is None or size <= limit), default=0)
-    working = max(working_bytes(shapes, work), profiling_bytes(shapes, work))
+def estimate(shapes: Shapes, work: Work, machine: Machine, whole: bool = False) -> Estimate:
+    """whole: the model is in memory, not read by layers.
+
+    Host memory holds, beside the process as it is and the model's rest: hidden states that are neither on the card nor
+    in files, and a layer, whose groups are found there (layers.py) and whose shard is written from there.
+    """
+    states, profile = states_bytes(shapes, work), (shapes.layers + 3) * work.profiled * shapes.width * FLOAT32
+    uses = [(states, working_bytes(shapes, work, machine)), (profile, profiling_bytes(shapes, work))]
+    device = host = mapped = 0
+    for size, working in uses:
+        if machine.free is not None and stays_on_card(size, machine.free):
+            device = max(device, size + working)
+            continue
+        spilled = machine.limit is not None and size > machine.limit
+        mapped = max(mapped, size if spilled else 0)
+        device = max(device, working)
+        host = max(host, (0 if spilled else size) + (0 if machine.free is not None else working))
     held = shapes.rest + (shapes.layers * shapes.layer_numbers if whole else 0)
-    host = held * shapes.size + kept + (0 if on_card else working)
+    if machine.free is not None:  # else it is part of what works
+        held += max(shapes.layer_numbers, work.stored // shapes.layers)
+    host += machine.resident + held * shapes.size
     disk = (work.stored + shapes.rest) * shapes.size + mapped
-    return Estimate(working if on_card else None, host, mapped, disk)
+    return Estimate(None if machine.free is None else device, host, mapped, disk)

@@ -16,10 +16,29 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> a te
 
 def home(size: int, device: torch.device) -> torch.device:
     """The device itself, where it is a card that `size` bytes take no more than a quarter of; else the host."""
+    free = free_bytes(device)
+    return device if free is not None and stays_on_card(size, free) else torch.device("cpu")
+
+
+def stays_on_card(size: int, free: int) -> bool:
+    return size < CARD_SHARE * free
+
+
+def wake(device: torch.device) -> None:
+    """Let a card's libraries be loaded, so that the host memory that they take can be seen."""
     if device.type != "cuda":
-        return torch.device("cpu")
+        return
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        product = torch.eye(64, dtype=dtype, device=device) @ torch.eye(64, dtype=dtype, device=device)
+    torch.linalg.eigh(torch.linalg.cholesky_ex(product).L)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a card, with what torch keeps of it for tensors to come; None where the device is none."""
+    if device.type != "cuda":
+        return None
     free, _ = torch.cuda.mem_get_info(device)
-    return device if size < CARD_SHARE * free else torch.device("cpu")
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Stopwatch:
 
     def readings(self) -> dict[str, float]:
         """seconds, peak_memory_gib (of the device: on CPU of the process), peak_host_memory_gib."""
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+        host = peak_memory() / GIB
         peak = torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else host
         return {
             "seconds": self.seconds(),
@@ -53,6 +54,19 @@ def device_name(device: torch.device) -> str:
 def available_memory() -> int:
     """Bytes of free host memory."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_memory() -> int:
+    """Bytes of host memory that this process holds now; where the system does not say, the most that it ever did."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """Bytes of host memory that this process held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def markdown_table(header: list[str], rows: list[list[Any]]) -> str:
