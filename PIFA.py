@@ -115,7 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="weigh tokens by their gradients to this power; 0: alike (default: 0.5 with exact M, else 0)",
     )
-    add("--profile_nsamples", type=int, help="windows of the profile (default: all for reconstruction, 64 at most)")
+    add(
+        "--profile_nsamples",
+        type=int,
+        help="windows of the profile (default: those for reconstruction, on CPU half of them, 64 at most)",
+    )
     add("--passes", type=int, default=1, help="2: profile once more, through a first compressed model")
     add("--refine_steps", type=int, default=0, help="optimiser steps for each finished layer: no longer training-free")
     add("--profiling_mat_path", help="folder of the profile, made or reused (default: under --save_path)")
@@ -194,7 +198,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = speed.add_argument
     add("--bench_what", default="all", help="layer, block, model or all")
     add("--bench_dims", type=int, nargs="+", help="sizes of square layers (default: 4096 to 32768, on CPU 512 1024)")
-    add("--bench_tokens", type=int, nargs="+", help="tokens per call (default: 1 16 2048 65536, on CPU 1 256)")
+    add(
+        "--bench_tokens",
+        type=int,
+        nargs="+",
+        help="tokens per call (default: 1 16 2048 65536, block also 16384, on CPU 1 256)",
+    )
     add("--bench_seconds", type=float, help="about how long one comparison goes on (default: 2, on CPU 0.5)")
 
     machine = parser.add_argument_group("machine")
@@ -255,7 +264,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if options.DEV == "cpu" and options.mode in ("m", "ppl", "quantize"):
                 logging.getLogger("pifa").info("on CPU --%s is %d where not given", name, value)
     if options.profile_nsamples is None:
-        options.profile_nsamples = min(options.reconstruct_nsamples, MOST_PROFILED)
+        share = 2 if options.DEV == "cpu" else 1  # there its backward pass costs more than what it is for
+        options.profile_nsamples = min(-(-options.reconstruct_nsamples // share), MOST_PROFILED)
     counts = ("pruning_nsamples", "reconstruct_nsamples", "model_seq_len", "eval_batch_size", "eval_nsamples")
     for name in (
         *counts,

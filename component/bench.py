@@ -28,6 +28,7 @@ class Defaults(NamedTuple):
 
     dims: tuple[int, ...]  # of square layers
     tokens: tuple[int, ...]
+    block_tokens: tuple[int, ...]
     training_tokens: int
     dtypes: tuple[str, ...]
     seconds: float
@@ -37,11 +38,12 @@ class Defaults(NamedTuple):
 
 DEFAULTS = {
     "cuda": Defaults(
-        (4096, 8192, 16384, 32768), (1, 16, 2048, 65536), 16384, ("float16",), 2.0, "llama-2-7b",
+        (4096, 8192, 16384, 32768), (1, 16, 2048, 65536), (1, 16, 2048, 16384, 65536), 16384, ("float16",), 2.0,
+        "llama-2-7b",
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     ),
     "cpu": Defaults(
-        (512, 1024), (1, 256), 256, ("float32", "bfloat16"), 0.5, "small-llama",
+        (512, 1024), (1, 256), (1, 256), 256, ("float32", "bfloat16"), 0.5, "small-llama",
         {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
          "vocab_size": 1024},
     ),
@@ -63,7 +65,8 @@ def run(options: Namespace) -> dict[str, Any]:
         raise UsageError(f"{folder} exists and nothing is ever overwritten: choose another --prefix, or move it away")
     files.check_target(folder, "", False)
     shapes = _shapes(options, subject, defaults)
-    tokens = tuple(options.bench_tokens or defaults.tokens)
+    asked = tuple(options.bench_tokens or ())
+    tokens, block_tokens = asked or defaults.tokens, asked or defaults.block_tokens
     _check_sizes(shapes, tokens, options.density)
 
     torch.manual_seed(options.seed)
@@ -76,8 +79,9 @@ def run(options: Namespace) -> dict[str, Any]:
             dtype = models.DTYPES[name]
             limits = timing.measure_limits(device, dtype)
             setting = Setting(
-                subject, shapes, tokens, defaults.training_tokens, options.density, dtype, device, limits, seconds
-            )
+                subject, shapes, tokens, block_tokens, defaults.training_tokens, options.density, dtype, device,
+                limits, seconds,
+            )  # fmt: skip
             for section in chain([limits_section(setting)], *(SECTIONS[part](setting) for part in what)):
                 tables.append(f"### {section.title}, {name}\n\n{section.table()}\n")
                 print(tables[-1], flush=True)

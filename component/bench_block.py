@@ -19,6 +19,7 @@ from component.runner_kernels import Scratch, in_order, silu_product
 from component.runner_stack import Stack
 
 KINDS = ("dense", "low-rank, same density", "PIFA here", "PIFA here, folded")
+STACKED_DENSE = "dense, stacked"
 Linear = nn.Linear | LowRankLinear | PIFALinear
 Forward = Callable[[Tensor], Tensor]
 
@@ -113,12 +114,12 @@ def stacked_row(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.de
 
 
 def two_four_block(shape: MLPShape, dtype: torch.dtype, device: torch.device) -> Row:
-    rows = [two_four_row(one, dtype, device) for one in (shape.into, shape.into, shape.out)]
+    rows = [two_four_row(TWO_FOUR, one, dtype, device) for one in (shape.into, shape.into, shape.out)]
     if refused := [row.refused for row in rows if row.refused]:
         return Row(TWO_FOUR, refused=refused[0])
     forward, expected = (partial(mlp, [getattr(row, which) for row in rows]) for which in ("forward", "expected"))
     tensors = tuple(tensor for row in rows for tensor in row.tensors)
-    return Row(TWO_FOUR, tensors, forward, expected, sum(row.flops for row in rows), has_gradients=False)
+    return Row(TWO_FOUR, tensors, forward, expected, sum(row.flops for row in rows), False, foreign=True)
 
 
 def _modules(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.device) -> list[Linear]:

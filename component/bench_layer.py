@@ -20,7 +20,7 @@ ALIGNED = 16  # numbers
 COEFFICIENT_NORM = 3.5  # of a row of C, as pivoting real weights gives
 DENSE, LOW_RANK_SAME_RANK, LOW_RANK_SAME_DENSITY = "dense", "low-rank, same rank", "low-rank, same density"
 PUBLISHED, PIVOT_ORDER, NATURAL_ORDER = "PIFA, two index copies", "PIFA here, pivot order", "PIFA here"
-TWO_FOUR = "2:4 cuSPARSELt"
+TWO_FOUR, TWO_FOUR_CUTLASS = "2:4 cuSPARSELt", "2:4 CUTLASS"
 
 
 class Shape(NamedTuple):
@@ -129,7 +129,7 @@ def layer_makers(
         LOW_RANK_SAME_RANK: partial(low_rank_row, LOW_RANK_SAME_RANK, shape, shape.rank, *like),
         LOW_RANK_SAME_DENSITY: partial(low_rank_row, LOW_RANK_SAME_DENSITY, shape, shape.low_rank, *like),
         **{name: partial(pifa_row, name, shape, *like) for name in (PUBLISHED, PIVOT_ORDER, NATURAL_ORDER)},
-        TWO_FOUR: partial(two_four_row, shape, *like),
+        **{name: partial(two_four_row, name, shape, *like) for name in (TWO_FOUR, TWO_FOUR_CUTLASS)},
     }
     return [maker for name, maker in makers.items() if names is None or name in names]
 
@@ -164,36 +164,41 @@ def pifa_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) 
     return Row(name, (pivot, coeff, perm), lambda x: pifa_linear(x, pivot, coeff, perm), expected, flops)
 
 
-def two_four_row(shape: Shape, dtype: torch.dtype, device: torch.device) -> Row:
-    """2:4 sparsity by cuSPARSELt, as torch.sparse stores it, with its first algorithm.
+def two_four_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Row:
+    """2:4 sparsity as torch.sparse stores and multiplies it, by one of its two libraries.
 
-    The search for the fastest one ends in an internal error of the library (torch 2.11, H100), and the first is far
-    from it: this row does not stand for what the card can do. The larger two of every four weights are kept.
+    The larger two of every four weights are kept. (W x^T)^T, not F.linear: to write y by rows takes cuSPARSELt 200
+    times as long (H100, torch 2.11), and later versions' F.linear asks for that. So here y lies by columns, and is
+    charged nothing for it. The library's search for a faster algorithm finds none there, or ends in an internal error.
     """
-    if device.type != "cuda" or not torch.backends.cusparselt.is_available():
-        return Row(TWO_FOUR, refused="not supported here: " + ("no cuSPARSELt" if device.type == "cuda" else "no GPU"))
+    if device.type != "cuda":
+        return Row(name, refused="not supported here: no GPU")
     weight = draw(shape.d_out, shape.d_in, dtype, device)
     groups = weight.view(shape.d_out, -1, 4)
     pruned = groups.scatter(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0).view_as(weight)
+    kinds: dict[str, Any] = {
+        TWO_FOUR: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+        TWO_FOUR_CUTLASS: torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    }
     try:  # whether card, library, dtype and shape go together, only a call tells
-        packed: Any = torch.sparse.to_sparse_semi_structured(pruned).packed
-        _two_four_product(pruned[:1], packed)
-    except (RuntimeError, NotImplementedError) as error:
-        return Row(TWO_FOUR, refused=f"not supported here: {str(error).strip().splitlines()[0]}")
-
-    def forward(x: Tensor) -> Tensor:
-        return _two_four_product(x, packed)
+        sparse = kinds[name].from_dense(pruned)
+        two_four(pruned[:1], sparse)
+    except RuntimeError as error:
+        return Row(name, refused=f"not supported here: {str(error).strip().splitlines()[0]}")
 
     def expected(x: Tensor) -> Tensor:
         return dense(x, pruned.double())
 
-    return Row(TWO_FOUR, (packed,), forward, expected, weight.numel(), has_gradients=False)
+    stored = tuple(t for t in (sparse.packed, sparse.meta) if t is not None)
+    flops = weight.numel()  # half of the products
+    return Row(name, stored, lambda x: two_four(x, sparse), expected, flops, has_gradients=False, foreign=True)
 
 
-def _two_four_product(x: Tensor, packed: Tensor) -> Tensor:
-    return torch._cslt_sparse_mm(packed, _whole_tiles(x).T, transpose_result=True)[: len(x)]
+def two_four(x: Tensor, sparse: Tensor) -> Tensor:
+    """x: (tokens, d_in), sparse: (d_out, d_in) semi-structured -> (tokens, d_out)"""
+    return (sparse @ _whole_tiles(x).T).T[: len(x)]
 
 
 def _whole_tiles(x: Tensor) -> Tensor:
-    """x: (tokens, d_in) with zeros added up to a multiple of 16 tokens, which the library asks for."""
+    """x: (tokens, d_in) with zeros added up to a multiple of 16 tokens, which the libraries ask for."""
     return F.pad(x, (0, 0, 0, -len(x) % ALIGNED)) if len(x) % ALIGNED else x

@@ -32,7 +32,7 @@ class Load(NamedTuple):
     steps: int  # decoded tokens
 
 
-LOADS = {"cuda": Load((8, 2048), 128, (1, 32), 16), "cpu": Load((1, 64), 16, (1, 4), 4)}
+LOADS = {"cuda": Load((8, 2048), 512, (1, 32), 16), "cpu": Load((1, 64), 16, (1, 4), 4)}
 Model = Any  # transformers' causal models, as their library types them
 Runner = Any  # prefill(tokens: (batch, length)) and decode(tokens: (batch,)), both to logits: (batch, vocabulary)
 Start = Callable[[int, int], Runner]  # of a batch and a length up to which it will be used

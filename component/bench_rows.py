@@ -1,7 +1,8 @@
 """Rows of a comparison: ways to compute the same thing, checked against float64 and timed against each other."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Row:
     expected: Callable[[Tensor], Tensor] = torch.clone
     flops: int = 0  # per token
     has_gradients: bool = True
+    foreign: bool = False  # another library's: what goes wrong there is its result
     refused: str = ""
 
     @property
@@ -66,12 +68,12 @@ def compare(case: Case, makers: Sequence[Maker], limits: Limits, seconds: float)
     Up to 64 tokens one CUDA graph runs several copies of a row, together larger than the cache, and a result is the
     time of one.
 
-    Raises: RunError where a row's output is wrong.
+    Raises: RunError where a row's output is wrong, unless it is foreign.
     """
-    rows = [make() for make in makers]
     x = case.inputs()
+    checked = [_check(make(), x, case.d_out) for make in makers]
+    rows, errors = [row for row, _ in checked], {row.name: error for row, error in checked}
     able = {row.name: row for row in rows if not row.refused}
-    errors = {name: relative_error(row, x, case.d_out) for name, row in able.items()}
     few = case.tokens <= FEW_TOKENS
     copies = timing.copies_beyond_cache(min(row.stored_bytes for row in able.values()), case.device) if few else 1
     calls: dict[str, timing.Call] = {}
@@ -104,6 +106,18 @@ def compare(case: Case, makers: Sequence[Maker], limits: Limits, seconds: float)
             }
         )
     return results
+
+
+def _check(row: Row, x: Tensor, d_out: int) -> tuple[Row, float]:
+    """The row and its error; a foreign one that fails or is wrong comes back refused."""
+    if row.refused:
+        return row, math.nan
+    try:
+        return row, relative_error(row, x, d_out)
+    except (RuntimeError, RunError) as error:
+        if not row.foreign:
+            raise
+        return replace(row, refused=f"failed: {str(error).strip().splitlines()[0]}"), math.nan
 
 
 def relative_error(row: Row, x: Tensor, d_out: int) -> float:

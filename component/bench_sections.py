@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from component import bench_layer
-from component.bench_block import KINDS, MLPShape, block_makers
+from component.bench_block import KINDS, STACKED_DENSE, MLPShape, block_makers
 from component.bench_layer import Shape, layer_makers
 from component.bench_model import LOADS, measure_variants, random_model
 from component.bench_rows import Case, compare, compare_training
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 Columns = dict[str, tuple[str, float]]  # header -> key in a result, and what it is multiplied by
 
 RANKS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # r / d of the comparison over ranks
-LARGEST_FOR_RANKS = 8192  # it is made at the largest square layer up to this one
+LARGEST = 8192  # square layer that is compared over ranks, and forward and backward
 ROWS_OVER_RANKS = (
     bench_layer.DENSE, bench_layer.LOW_RANK_SAME_RANK,
     bench_layer.PUBLISHED, bench_layer.PIVOT_ORDER, bench_layer.NATURAL_ORDER,
@@ -46,6 +46,7 @@ class Setting(NamedTuple):
     subject: Subject
     shapes: tuple[tuple[int, int], ...]  # (d_out, d_in) of single layers
     tokens: tuple[int, ...]
+    block_tokens: tuple[int, ...]
     training_tokens: int
     density: float
     dtype: torch.dtype
@@ -87,7 +88,11 @@ COMPARED: Columns = {
     **SPEED, "TFLOP/s": ("tflops", 1), "GB/s": ("gbs", 1), "% of limit": ("of_limit", 100),
     "weights": ("memory", 1), "peak MiB": ("peak_bytes", 2**-20), "error": ("error", 1),
 }  # fmt: skip
-OVER_RANKS: Columns = {"rank": ("rank", 1), "density": ("density", 1), **COMPARED}
+OVER_RANKS: Columns = {
+    "rank": ("rank", 1), "density": ("density", 1), **COMPARED,
+    "% memory below low-rank": ("memory_saved", 100), "% time below low-rank": ("time_saved", 100),
+}  # fmt: skip
+BLOCKS: Columns = {**COMPARED, "over dense, stacked": ("over_stacked", 1)}
 MODELS: Columns = {
     "model": ("row", 1), "run by": ("runner", 1), "weights GiB": ("weights_gib", 1), "prefill tokens/s":
     ("prefill_tokens_s", 1), "without a cache tokens/s": ("tokens_s_without_cache", 1), "peak GiB": ("peak_gib", 1),
@@ -101,7 +106,8 @@ def limits_section(setting: Setting) -> Section:
 
 
 def layer_sections(setting: Setting) -> Iterator[Section]:
-    """Single layers at the density asked; one of them over ranks; forward and backward."""
+    """Single layers at the density asked, and their speedups together; one of them over ranks; forward and backward."""
+    every: list[Result] = []
     for d_out, d_in in setting.shapes:
         shape = Shape.at_density(d_out, d_in, setting.density)
         makers = layer_makers(shape, *setting.like)
@@ -110,21 +116,45 @@ def layer_sections(setting: Setting) -> Iterator[Section]:
             results += compare(_case(setting, shape, tokens), makers, setting.limits, setting.seconds)
         title = f"Layer {d_out} x {d_in}, density {shape.density:.4g}: rank {shape.rank} (low-rank {shape.low_rank})"
         yield Section("layer", title, results, COMPARED)
-    square = [m for m, n in setting.shapes if m == n and m <= LARGEST_FOR_RANKS] or [min(map(min, setting.shapes))]
+        every += results
+    yield _over_shapes(every, max(setting.tokens))
+    square = [m for m, n in setting.shapes if m == n and m <= LARGEST] or [min(map(min, setting.shapes))]
     yield _over_ranks(setting, max(square))
-    shape = Shape.at_density(*setting.shapes[0], setting.density)
-    makers = layer_makers(shape, *setting.like)
-    results = compare_training(_case(setting, shape, setting.training_tokens), makers, setting.seconds)
-    yield Section("training", f"Forward and backward, {shape.d_out} x {shape.d_in}", results, SPEED)
+    yield _training(setting, max(square))
+
+
+def _over_shapes(results: list[Result], tokens: int) -> Section:
+    """A row for each way, a column for each shape: speedups over dense."""
+    rows: dict[str, Result] = {}
+    columns: Columns = {"row": ("row", 1)}
+    for result in results:
+        if result["tokens"] == tokens:
+            shape = f"{result['d_out']} x {result['d_in']}"
+            columns[shape] = (shape, 1)
+            rows.setdefault(result["row"], {"row": result["row"]})[shape] = result.get("speedup", "-")
+    return Section("layers", f"Speedup over dense, {tokens} tokens", list(rows.values()), columns)
 
 
 def _over_ranks(setting: Setting, d: int) -> Section:
-    results = []
+    """With what the pivoted rows save beside the low-rank one of their rank, as fractions of its bytes and its time."""
+    results: list[Result] = []
     for share in RANKS:
         shape = Shape(d, d, int(share * d))
         makers = layer_makers(shape, *setting.like, ROWS_OVER_RANKS)
-        results += compare(_case(setting, shape, max(setting.tokens)), makers, setting.limits, setting.seconds)
+        found = compare(_case(setting, shape, max(setting.tokens)), makers, setting.limits, setting.seconds)
+        low_rank, *pivoted = found[1:]
+        for result in pivoted:
+            result["memory_saved"] = 1 - result["weight_bytes"] / low_rank["weight_bytes"]
+            result["time_saved"] = 1 - result["seconds"] / low_rank["seconds"]
+        results += found
     return Section("ranks", f"Layer {d} x {d} over ranks", results, OVER_RANKS)
+
+
+def _training(setting: Setting, d: int) -> Section:
+    shape = Shape.at_density(d, d, setting.density)
+    case = _case(setting, shape, setting.training_tokens)
+    results = compare_training(case, layer_makers(shape, *setting.like), setting.seconds)
+    return Section("training", f"Forward and backward, {d} x {d}", results, SPEED)
 
 
 def _case(setting: Setting, shape: Shape, tokens: int) -> Case:
@@ -132,15 +162,20 @@ def _case(setting: Setting, shape: Shape, tokens: int) -> Case:
 
 
 def block_sections(setting: Setting) -> Iterator[Section]:
-    """The MLP of the subject."""
+    """The MLP of the subject; its speedups also over the dense one that has the same kernels."""
     hidden, channels = mlp_sizes(setting.subject.config)
     shape = MLPShape.at_density(hidden, channels, setting.density)
     makers = block_makers(shape, *setting.like)
     results = []
-    for tokens in setting.tokens:
+    for tokens in setting.block_tokens:
         case = Case(shape.labels, hidden, hidden, tokens, *setting.like)
-        results += compare(case, makers, setting.limits, setting.seconds)
-    yield Section("block", f"MLP {hidden} -> {channels} -> {hidden}, density {setting.density:g}", results, COMPARED)
+        found = compare(case, makers, setting.limits, setting.seconds)
+        stacked = next(result for result in found if result["row"] == STACKED_DENSE)
+        for result in found:
+            if "refused" not in result:
+                result["over_stacked"] = stacked["seconds"] / result["seconds"]
+        results += found
+    yield Section("block", f"MLP {hidden} -> {channels} -> {hidden}, density {setting.density:g}", results, BLOCKS)
 
 
 def mlp_sizes(config: transformers.PretrainedConfig) -> tuple[int, int]:

@@ -31,13 +31,13 @@ def pivoted_product(x: Tensor, pivot: Tensor, coeff: Tensor, bias: Tensor | None
     x: (..., d_in), pivot: (r, d_in), coeff: (d_out - r, r), bias: (d_out,) in pivot order or None. It is added to Z
     after both products: before, Y_p + b would reach Y_np through C.
     """
-    compiling = torch.compiler.is_compiling()
-    if x.device.type == "cpu" and not compiling and x.shape[:-1].numel() <= FEW_TOKENS:
+    if _are_few(x):
         y_p = F.linear(x, pivot)
         z = torch.cat([y_p, F.linear(y_p, coeff)], dim=-1)
+    elif torch.compiler.is_compiling():
+        z = torch.ops.pifa.product(x, pivot, coeff)
     else:
-        as_operator = compiling or _differentiated(x, pivot, coeff)
-        z = (torch.ops.pifa.product if as_operator else _product)(x, pivot, coeff)
+        z = (_Product.apply if _differentiated(x, pivot, coeff) else _product)(x, pivot, coeff)
     return z if bias is None else z + bias
 
 
@@ -62,6 +62,8 @@ def pifa_linear(x: Tensor, pivot: Tensor, coeff: Tensor, perm: Tensor, bias: Ten
     ):
         one_token = torch.ops.pifa.one_token if torch.compiler.is_compiling() else _one_token
         return one_token(x, pivot, coeff, perm, bias)
+    if _differentiated(x, pivot, coeff) and not (_are_few(x) or torch.compiler.is_compiling()):
+        return _Layer.apply(x, pivot, coeff, perm, bias)[0]
     return reorder(pivoted_product(x, pivot, coeff), perm, bias)
 
 
@@ -73,6 +75,10 @@ def inverse(perm: Tensor) -> Tensor:
 
 def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _are_few(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and x.shape[:-1].numel() <= FEW_TOKENS
 
 
 def _runs_triton(x: Tensor) -> bool:
@@ -153,21 +159,66 @@ def _product_setup(ctx, inputs, output) -> None:
 
 
 def _product_backward(ctx, dz: Tensor):
-    """dX = (dY_p + dY_np C) W_p, dW_p = (dY_p + dY_np C)^T X, dC = dY_np^T Y_p; only what is needed."""
     x, pivot, coeff, z = ctx.saved_tensors
-    need_x, need_pivot, need_coeff = ctx.needs_input_grad
+    return _gradients(x, pivot, coeff, z, dz, ctx.needs_input_grad, in_place=False)
+
+
+def _gradients(x, pivot, coeff, z, dz, needed, in_place: bool) -> tuple[Tensor | None, ...]:
+    """dX = (dY_p + dY_np C) W_p, dW_p = (dY_p + dY_np C)^T X, dC = dY_np^T Y_p; only what is needed.
+
+    z, dz: (..., d_out). in_place: the sum may take dz's memory, which spares a copy of dY_p.
+    """
+    need_x, need_pivot, need_coeff = needed
     rank, others = pivot.shape[0], coeff.shape[0]
     padding = _Padding.of(x, rank, others)
     rows, dz, z = (t.reshape(-1, t.shape[-1]) for t in (x, dz, z))
     d_p, d_np = padding.columns(dz, rank)
     dx = d_pivot = d_coeff = None
     if need_x or need_pivot:
-        d_all = torch.addmm(d_p, d_np, padding.coeff(coeff))
+        d_all = (Tensor.addmm_ if in_place else torch.addmm)(d_p, d_np, padding.coeff(coeff))
         dx = (d_all @ padding.pivot(pivot)).view(x.shape) if need_x else None
         d_pivot = (d_all.t() @ rows)[padding.left :] if need_pivot else None
     if need_coeff:
         d_coeff = (d_np.t() @ padding.columns(z, rank)[0])[:others, padding.left :]
     return dx, d_pivot, d_coeff
+
+
+class _Product(torch.autograd.Function):
+    """The same without an operator, whose call takes the host up to a quarter of a millisecond more."""
+
+    forward = staticmethod(_product)
+    setup_context = staticmethod(_product_setup)
+    backward = staticmethod(_product_backward)
+
+
+class _Layer(torch.autograd.Function):
+    """Products and gather as one: the gradient is gathered into memory of its own, where it can be added to."""
+
+    @staticmethod
+    def forward(x, pivot, coeff, perm, bias):
+        z = _product(x, pivot, coeff)
+        return _gather(z, perm, bias), z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, pivot, coeff, perm, bias = inputs
+        z = output[1]
+        ctx.save_for_backward(x, pivot, coeff, perm, z)
+        ctx.mark_non_differentiable(z)
+        ctx.set_materialize_grads(False)
+        ctx.shape = None if bias is None else bias.shape
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return None, None, None, None, None
+        x, pivot, coeff, perm, z = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # to be differentiated once more: then Z is a function of the inputs
+        z = pivoted_product(x, pivot, coeff) if again else z
+        *needed, _, need_bias = ctx.needs_input_grad
+        dz = reorder(dy, inverse(perm)).to(z.dtype)  # of a wider bias, so are y and dy
+        d_bias = dy.sum_to_size(ctx.shape) if need_bias else None
+        return *_gradients(x, pivot, coeff, z, dz, needed, in_place=not again), None, d_bias
 
 
 # ---------------------------------------------------------------- order

@@ -25,8 +25,7 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
 
     Raises: RunError naming `what` where the matrix is not finite.
     """
-    if not _all_finite(gram):
-        raise RunError(f"{what}: the moments of its input are not finite")
+    check_finite(gram, what)
     scale = gram.diagonal().mean().clamp(min=0).item()
     if scale == 0:
         return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device), 1.0
@@ -41,6 +40,12 @@ def damped_cholesky(gram: Tensor, damping: float, what: str) -> tuple[Tensor, fl
         log.warning(
             "%s: Gram matrix not positive definite, damping raised to %.1e of its mean diagonal", what, relative
         )
+
+
+def check_finite(gram: Tensor, what: str) -> None:
+    """Raises: RunError naming `what` where the matrix is not finite."""
+    if not _all_finite(gram):
+        raise RunError(f"{what}: the moments of its input are not finite")
 
 
 def _all_finite(matrix: Tensor) -> bool:

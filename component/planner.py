@@ -33,9 +33,7 @@ from utils.placement import Shelf
 log = logging.getLogger("pifa")
 
 DRAFT_WINDOWS = 8
-THINNING = (
-    2  # of the profile: neighbouring tokens say much the same, and it has to stay cheaper than the pass it serves
-)
+MOMENT_TOKENS = 65536  # a profile of more is thinned: neighbours say much the same, and it has to stay the cheaper pass
 
 
 @dataclass(frozen=True)
@@ -168,20 +166,21 @@ def profile_for(
     if options.allocation not in PROFILED and shrinkages == (None,) and not weighs_tokens:
         return None
     rows = job.windows[: options.profile_nsamples]
+    thinning = -(-rows.numel() // MOMENT_TOKENS)
     settings = {
         "model": options.model,
         "weights": job.identity["weights"],
         "windows_sha256": files.hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
-        "thinning": THINNING,
+        "thinning": thinning,
         "draft": draft and draft.identity,
     }
     hashed = files.hash_of(settings)
     given = options.profiling_mat_path and options.profiling_mat_path + (draft.suffix if draft else "")
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None
-    profiling = Profiling(rows, means.device, options.seed, shrinkages, means.batch, layers, THINNING)
+    profiling = Profiling(rows, means.device, options.seed, shrinkages, means.batch, layers, thinning)
     profile = None
     for turn in range(means.team.size):  # the first process makes it, the others read it, one after the other
         if turn == means.team.rank:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from component.linalg import packed, unpacked
 from component.moments import add_product, full_precision
-from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
+from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment
 from utils import checkpoint as files
 from utils.errors import RunError
 from utils.layers import (
@@ -298,7 +298,7 @@ def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[fl
             output_gram = seen.output_grams[name]
             curves = []
             for shrinkage in shrinkages:
-                weighting = None if shrinkage is None else output_weighting(output_gram, shrinkage, full_name)
+                moment = output_moment(output_gram, 1.0 if shrinkage is None else shrinkage)
                 gram = seen.input_grams[group[0]]
-                curves.append(loss_curve(weights[name], gram, inputs, gradients, weighting, full_name))
+                curves.append(loss_curve(weights[name], gram, inputs, gradients, moment, full_name))
             yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())

@@ -9,46 +9,59 @@ are left out: their expectation is small, and with a few windows they would be n
 import torch
 from torch import Tensor
 
-from component.linalg import damped_cholesky
-from component.whitening import WHITENING_DAMPING, truncate
+from component.linalg import check_finite, damped_cholesky, raised_diagonal
+from component.whitening import WHITENING_DAMPING
 
 OUTLIER_FACTOR = 5.0  # M of OWL
 
 
-def output_weighting(output_gram: Tensor, shrinkage: float, what: str = "module") -> Tensor:
-    """L_g of the weighting in which a module's output errors are measured: shrunk Sigma_g = L_g L_g^T.
+def output_moment(output_gram: Tensor, shrinkage: float) -> Tensor:
+    """Sigma_g in which a module's output errors are measured: shrunk towards the identity, mean diagonal 1.
 
     output_gram: (d_out, d_out) = sum_t g_t g_t^T; shrinkage: the share a in (0, 1] of the identity, at the same mean
-    diagonal; 1 is no weighting. Scaled to a mean diagonal of 1. Returns (d_out, d_out) lower triangular, float64.
+    diagonal; 1 is no weighting. Returns (d_out, d_out) float64.
     """
     gram = output_gram.double()
     mean = gram.diagonal().mean()
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if mean <= 0:  # nothing downstream depends on this module
         return identity
-    return damped_cholesky((1 - shrinkage) * gram / mean + shrinkage * identity, 0.0, f"{what}, output weighting")[0]
+    return (1 - shrinkage) * gram / mean + shrinkage * identity
+
+
+def output_weighting(output_gram: Tensor, shrinkage: float, what: str = "module") -> Tensor:
+    """L_g of the weighting by Sigma_g = L_g L_g^T: (d_out, d_out) lower triangular, float64. See output_moment."""
+    return damped_cholesky(output_moment(output_gram, shrinkage), 0.0, f"{what}, output weighting")[0]
 
 
 def loss_curve(
-    weight: Tensor, gram: Tensor, inputs: Tensor, gradients: Tensor, weighting: Tensor | None, what: str = "module"
+    weight: Tensor, gram: Tensor, inputs: Tensor, gradients: Tensor, moment: Tensor, what: str = "module"
 ) -> Tensor:
     """Expected KL per token at every rank: (k + 1,) float64 with k = min(d_out, d_in); entry r is for rank r.
 
     Truncation is the one the solvers make, [L_g^T W L]_r with the components dropped from the smallest up; the error
     of dropping all components from r on is evaluated on the tokens themselves, with no independence assumed.
 
+    Only the moments of the smaller side are factored: with W as wide as it is high or wider, L_g^T W L has the left
+    singular vectors P of L_g^T W G W^T L_g, and its components are those of L_g^-T P and P^T L_g^T W. A higher one is
+    the same problem transposed, inputs and gradients changing places.
+
     weight: (d_out, d_in); gram: (d_in, d_in) float64 = sum_t x_t x_t^T; inputs: (tokens, d_in) x_t; gradients:
-    (tokens, d_out) g_t; weighting: L_g or None.
+    (tokens, d_out) g_t; moment: (d_out, d_out) float64, Sigma_g = L_g L_g^T. The moments' diagonals are others while
+    this runs.
+
+    Raises: RunError naming `what` where a moment is not finite.
     """
-    factor, _ = damped_cholesky(gram, WHITENING_DAMPING, what)
-    target = weight.double() @ factor
-    if weighting is not None:
-        target = weighting.T @ target
-    u, v = truncate(target, min(weight.shape))
-    if weighting is not None:
-        u = torch.linalg.solve_triangular(weighting.T, u, upper=True)
-    v = torch.linalg.solve_triangular(factor, v, upper=False, left=False)
-    scores = (gradients.float() @ u.float()) * (inputs.float() @ v.T.float())  # (tokens, k): g_t . (component j of y_t)
+    (left, near), (right, far) = (moment, gradients), (gram, inputs)
+    if weight.shape[0] > weight.shape[1]:
+        weight, left, near, right, far = weight.T, right, far, left, near
+    check_finite(right, what)
+    with raised_diagonal(gram, WHITENING_DAMPING * gram.diagonal().mean().item()):
+        factor, _ = damped_cholesky(left, 0.0, what)
+        target = factor.T @ weight.double()
+        directions = torch.linalg.eigh(target @ right @ target.T).eigenvectors.flip(1)
+    u = torch.linalg.solve_triangular(factor.T, directions, upper=True)
+    scores = (near.float() @ u.float()) * (far.float() @ (target.T @ directions).float())  # (tokens, k)
     dropped = scores.double().flip(1).cumsum(1).flip(1)  # (tokens, k): the sum over all components from j on
     curve = dropped.square().sum(0) / (2 * len(inputs))
     return torch.cat([curve, curve.new_zeros(1)])

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from component import bench, bench_model, bench_sections
-from component.bench_block import KINDS, MLPShape, block_makers
+from component.bench_block import KINDS, STACKED_DENSE, MLPShape, block_makers
 from component.bench_layer import (
     DENSE,
+    LOW_RANK_SAME_RANK,
     PIVOT_ORDER,
     PUBLISHED,
     TWO_FOUR,
@@ -59,7 +61,7 @@ def test_the_rows_are_there():
     names = [make().name for make in layer_makers(SHAPE, torch.float32, CPU)]
     assert names == [
         "dense", "low-rank, same rank", "low-rank, same density", "PIFA, two index copies",
-        "PIFA here, pivot order", "PIFA here", "2:4 cuSPARSELt",
+        "PIFA here, pivot order", "PIFA here", "2:4 cuSPARSELt", "2:4 CUTLASS",
     ]  # fmt: skip
     stacked = [f"{kind}, stacked" for kind in KINDS]
     assert [make().name for make in block_makers(BLOCK, torch.float32, CPU)] == [
@@ -128,6 +130,15 @@ def test_a_wrong_output_is_found(change, message):
         relative_error(broken(change), x, 96)
 
 
+@pytest.mark.parametrize("change", [lambda y: 2 * y, lambda y: y @ y])
+def test_a_foreign_row_that_is_wrong_or_fails_hides_no_other(change):
+    rows = [broken(lambda y: y), replace(broken(change), name="foreign", foreign=True)]
+    first, second = compare(case(70), [lambda row=row: row for row in rows], LIMITS, seconds=0)
+    assert first["speedup"] == 1 and second["refused"].startswith("failed: ") and "speedup" not in second
+    with pytest.raises((RunError, RuntimeError)):
+        compare(case(70), [lambda row=row: replace(row, foreign=False) for row in rows], LIMITS, seconds=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_results_follow_from_the_seconds(dtype, tokens):
@@ -137,9 +148,9 @@ def test_results_follow_from_the_seconds(dtype, tokens):
     dense = by_name[DENSE]
     assert dense["speedup"] == dense["memory"] == 1
     size = torch.empty(0, dtype=dtype).element_size()
-    for name, result in by_name.items():
+    for result in by_name.values():
         assert (result["d_out"], result["d_in"], result["rank"], result["tokens"]) == (*SHAPE, tokens)
-        if name == TWO_FOUR:
+        if "refused" in result:
             continue
         assert result["speedup"] == pytest.approx(dense["seconds"] / result["seconds"])
         moved = result["weight_bytes"] + size * tokens * (96 + 64)
@@ -241,12 +252,28 @@ def test_layer_tables_and_the_record(quick, tmp_path, capsys, monkeypatch, caplo
     assert {(r["d_out"], r["tokens"]) for r in record["layer"]} == {(96, 1), (96, 65), (64, 1), (64, 65)}
     assert {r["rank"] / r["d_in"] for r in record["ranks"]} == {0.125, 0.25, 0.375, 0.5, 0.625, 0.75}
     assert {r["tokens"] for r in record["ranks"]} == {65}
+    half = {r["row"]: r for r in record["ranks"] if r["rank"] == 48}
+    low_rank, pivoted = half[LOW_RANK_SAME_RANK], half[PIVOT_ORDER]
+    assert pivoted["memory_saved"] == pytest.approx(0.25) and "time_saved" not in low_rank
+    assert pivoted["time_saved"] == pytest.approx(1 - pivoted["seconds"] / low_rank["seconds"])
+    assert {(r["d_out"], r["tokens"]) for r in record["training"]} == {(96, 256)}
+    speedups = {(r["row"], r["d_out"]): r.get("speedup", "-") for r in record["layer"] if r["tokens"] == 65}
+    assert {(r["row"], d): r[f"{d} x {d}"] for r in record["layers"] for d in (96, 64)} == speedups
     (limits,) = record["limits"]
     assert limits["dtype"] == "float32" and limits["threads"] == 1 and limits["matmul_tflops"] > 0
     assert [r["row"] for r in record["training"]] == [make().name for make in LAYER_ROWS]
     assert record["mode"] == "bench" and record["dataset"] is None and record["density_asked"] == 0.55
     assert "pip install -r requirements-plots.txt" in caplog.text and record["plots"] == []
     assert torch.get_num_threads() == threads
+
+
+def test_the_block_is_also_held_against_the_stacked_dense_one(quick, tmp_path):
+    record = bench.run(options(tmp_path, bench_what="block"))
+    for tokens in (1, 65):
+        by_name = {r["row"]: r for r in record["block"] if r["tokens"] == tokens}
+        for result in by_name.values():
+            if "refused" not in result:
+                assert result["over_stacked"] == pytest.approx(by_name[STACKED_DENSE]["seconds"] / result["seconds"])
 
 
 def test_an_existing_target_is_refused_before_any_work(quick, tmp_path, capsys):

@@ -200,6 +200,25 @@ def test_gradients(memory, tokens, rank):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_gradients_leave_what_they_come_from(memory):
+    """The same at the second time: neither the outputs' gradient nor what forward kept is written to."""
+    pivot, coeff, perm, _ = layer(D_IN, D_OUT, 4)
+    inputs, upstream = [t.requires_grad_() for t in (given(20, D_IN), pivot, coeff)], given(20, D_OUT, seed=1)
+    before = upstream.clone()
+    for y in (pifa_linear(*inputs, perm), pivoted_product(*inputs)):
+        first, second = (torch.autograd.grad(y, inputs, upstream, retain_graph=True) for _ in range(2))
+        assert all(map(torch.equal, first, second)) and torch.equal(upstream, before)
+
+
+def test_gradients_with_a_wider_bias(memory):
+    pivot, coeff, perm, bias = layer(D_IN, D_OUT, 4)
+    inputs = [t.requires_grad_() for t in (given(20, D_IN).float(), pivot.float(), coeff.float(), bias)]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    found, wanted = (torch.autograd.grad(pifa_linear(*i[:3], perm, i[3]).square().sum(), i) for i in (inputs, wide))
+    for i, f, w in zip(inputs, found, wanted, strict=True):
+        assert f.dtype == i.dtype and relative(f.double(), w) < 1e-5
+
+
 def test_gradients_at_full_rank(memory):
     pivot, coeff, perm, bias = layer(D_IN, D_IN, D_IN)
     inputs = [t.requires_grad_() for t in (given(3, D_IN), pivot, coeff, bias)]

@@ -7,36 +7,57 @@ from dataclasses import replace
 import pytest
 import torch
 
+import component.planner
 import component.profile
 from component.linear import LowRankLinear
 from component.moments import add_product
-from component.planner import Planner
+from component.planner import Means, Planner, profile_for
 from component.profile import Profiling, Sensitivity, make_profile, profile_layers
-from component.sensitivity import angular_influence, loss_curve, outlier_share, output_weighting
+from component.reconstruction import exact_factors
+from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
 from component.tuning import Recipe
-from component.whitening import plain_factors, whitened_factors
+from component.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer, describe_layers
 
 WINDOWS = tiny.token_windows(3, 24)
 CPU = torch.device("cpu")
 
 
+def unweighted(weight: torch.Tensor) -> torch.Tensor:
+    return torch.eye(len(weight), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shrinkage", [1.0, 0.1])
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
-def test_the_curve_is_the_error_of_whitened_truncation_seen_along_the_gradients(shape):
+def test_the_curve_is_the_error_of_the_solvers_truncation_seen_along_the_gradients(shape, shrinkage):
     weight, inputs, gradients = (
         tiny.rand(*shape, seed=1),
         tiny.rand(50, shape[1], seed=2),
         tiny.rand(50, shape[0], seed=3),
     )
-    gram = inputs.T @ inputs
-    curve = loss_curve(weight, gram, inputs, gradients, None)
+    gram, output_gram = inputs.T @ inputs, gradients.T @ gradients
+    curve = loss_curve(weight, gram, inputs, gradients, output_moment(output_gram, shrinkage))
+    left = None if shrinkage == 1 else output_weighting(output_gram, shrinkage)
     for rank in range(1, min(shape)):
-        u, v = whitened_factors(weight, gram, rank)
+        u, v = exact_factors(weight, weight @ gram, gram, rank, WHITENING_DAMPING, left)
         errors = ((weight - u @ v) @ inputs.T * gradients.T).sum(0)
         assert curve[rank].item() == pytest.approx(errors.square().mean().item() / 2, rel=1e-4)
     assert curve[-1] == 0
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
+def test_moments_that_are_not_finite_are_refused_by_name(shape):
+    weight, inputs, gradients = tiny.rand(*shape), tiny.rand(9, shape[1]), tiny.rand(9, shape[0])
+    gram, moment = inputs.T @ inputs, unweighted(weight)
+    for broken in (gram, moment):
+        kept = broken[0, 0].item()
+        broken[0, 0] = float("inf")
+        with pytest.raises(RunError, match="layer 3"):
+            loss_curve(weight, gram, inputs, gradients, moment, "layer 3")
+        broken[0, 0] = kept
+    assert torch.isfinite(loss_curve(weight, gram, inputs, gradients, moment)).all()
 
 
 def test_weighted_truncation_loses_less_along_the_gradients_that_define_the_weighting():
@@ -44,8 +65,8 @@ def test_weighted_truncation_loses_less_along_the_gradients_that_define_the_weig
     weight, inputs = tiny.rand(12, 10, seed=1), tiny.rand(4000, 10, seed=2)
     gradients = tiny.rand(4000, 12, seed=3) * torch.logspace(0, 2, 12, dtype=torch.float64)
     gram, output_gram = inputs.T @ inputs, gradients.T @ gradients
-    plain = loss_curve(weight, gram, inputs, gradients, None)
-    weighted = loss_curve(weight, gram, inputs, gradients, output_weighting(output_gram, 1e-6))
+    plain = loss_curve(weight, gram, inputs, gradients, unweighted(weight))
+    weighted = loss_curve(weight, gram, inputs, gradients, output_moment(output_gram, 1e-6))
     assert (weighted[2:8] < plain[2:8]).all()
 
 
@@ -180,7 +201,8 @@ def test_gradients_go_through_a_draft_and_weights_come_from_the_model(family):
         g, x = gradients[name].flatten(0, 1), inputs[name]
         assert tiny.relative(sensitivity.output_gram, g.T @ g) < 1e-4
         assert tiny.relative(own[name].output_gram, g.T @ g) > 1e-2
-        curve = loss_curve(model.get_submodule(name).weight, add_product(None, x, x), x, g, None)
+        weight = model.get_submodule(name).weight
+        curve = loss_curve(weight, add_product(None, x, x), x, g, unweighted(weight))
         assert tiny.relative(sensitivity.loss_curves[0], curve) < 1e-3
     for name, expected in scores_by_hand(gradients, described).items():
         assert tiny.relative(scores[name].double(), expected) < 1e-4
@@ -195,7 +217,7 @@ def test_curves_are_evaluated_on_evenly_spaced_tokens_and_whitened_by_all(batch,
     for name, sensitivity in linears.items():
         g, x = gradients[name].flatten(0, 1), inputs[name]
         weight = model.get_submodule(name).weight
-        expected = loss_curve(weight, add_product(None, x, x), x[::stride], g[::stride], None)
+        expected = loss_curve(weight, add_product(None, x, x), x[::stride], g[::stride], unweighted(weight))
         assert tiny.relative(sensitivity.loss_curves[0], expected) < 1e-3
         assert tiny.relative(sensitivity.output_gram, g.T @ g) < 1e-4  # of all tokens
 
@@ -224,6 +246,17 @@ def test_thinning_leaves_every_second_token_out_of_moments_and_curves_but_scores
     assert torch.equal(seen.sample("a")[1], g[::2])
     scores = g.square().sum(1)
     assert torch.allclose(seen.token_scores(("a",), torch.zeros(2, 8)).flatten(), scores / scores.mean())
+
+
+@pytest.mark.parametrize(("windows", "thinning"), [(1, 1), (2, 1), (3, 2)])
+def test_small_profiles_keep_every_token(windows, thinning, monkeypatch):
+    made = []
+    monkeypatch.setattr(component.planner, "MOMENT_TOKENS", 2 * WINDOWS.shape[1])
+    monkeypatch.setattr(component.planner, "make_profile", lambda *given: made.append(given[4]))
+    options = Namespace(allocation="kl", profile_nsamples=windows, model="m", seed=1, profiling_mat_path="profile")
+    job = Namespace(options=options, windows=WINDOWS, identity={"weights": ""}, source=None)
+    profile_for(job, None, [], [Recipe(0.25, 0.5, None, 0.5, 0.3)], Means(CPU, 1, None))
+    assert [profiling.thinning for profiling in made] == [thinning]
 
 
 def test_what_is_stored_is_read_back(tmp_path):

@@ -18,11 +18,12 @@ def test_calls_take_turns_and_the_median_counts(monkeypatch):
     """One call each to warm up, one to see how long a round takes, then rounds in the same order."""
     made, taken = [], {"a": itertools.count(1), "b": itertools.chain([7.0, 9.0, 100.0], itertools.repeat(8.0))}
 
-    def timed(call, _device):
+    def clocked(call, _device):
         call()
-        return float(next(taken[made[-1]]))
+        seconds = float(next(taken[made[-1]]))
+        return lambda: seconds
 
-    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr(timing, "clocked", clocked)
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 5)
     calls = {name: lambda name=name: made.append(name) for name in "ab"}
     found = timing.interleaved_medians(calls, CPU, seconds=0)

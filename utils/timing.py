@@ -1,8 +1,9 @@
 """How long calls take and how much memory they need, and what the machine can do at best.
 
 Calls that are compared are timed in turn, A B C A B C, so that clocks and heat change for all alike, and the median
-is taken. Short CUDA calls are captured in a graph over several copies of their weights: one call is then as long as
-its kernels, and no weight comes out of the cache because the call before left it there.
+is taken. On CUDA they queue up, so that the host launches one while another runs, as it does in a model. Short CUDA
+calls are captured in a graph over several copies of their weights: one call is then as long as its kernels, and no
+weight comes out of the cache because the call before left it there.
 """
 
 import statistics
@@ -63,26 +64,36 @@ def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds
     once = time.perf_counter() - began
     rounds = min(max(int(seconds / max(once, 1e-9)), LEAST_ROUNDS), MOST_ROUNDS)
     flush = cache_flusher(device)
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             flush()
-            found[name].append(timed(call, device))
-    return {name: statistics.median(times) for name, times in found.items()}
+            found[name].append(clocked(call, device))
+    return {name: statistics.median(seconds() for seconds in clocks) for name, clocks in found.items()}
 
 
 def timed(call: Call, device: torch.device) -> float:
     """Seconds of one call."""
+    return clocked(call, device)()
+
+
+def clocked(call: Call, device: torch.device) -> Callable[[], float]:
+    """Make the call; what is returned tells its seconds, and waits for a CUDA device to finish it."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()
-        return time.perf_counter() - began
+        taken = time.perf_counter() - began
+        return lambda: taken
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
     end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+
+    def seconds() -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
 
 
 def cache_bytes(device: torch.device) -> int:
