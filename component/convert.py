@@ -129,9 +129,9 @@ def pivot_tensors(
     low_rank, dense = {}, {}
     for name, entry in entries.items():
         if entry["kind"] == "lowrank":
-            low_rank[name] = _low_rank(tensors, name).to(device)
+            low_rank[name] = _low_rank(tensors, name, device)
         elif name in ends:
-            dense[name] = _dense(tensors, name).to(device)
+            dense[name] = _dense(tensors, name, device)
     after: dict[str, Linear] = {name: copy.deepcopy(layer) for name, layer in dense.items()}
     together = [[name for name in junction.producers if name in low_rank] for junction in junctions]
     alone = [[name] for name in low_rank if not any(name in group for group in together)]
@@ -141,15 +141,15 @@ def pivot_tensors(
             after[name] = PIFALinear.from_pivots(*pivots, low_rank[name].bias, torch.float64)
     for junction in junctions:
         fold(junction, after)
-    before: dict[str, Linear] = {**low_rank, **dense}
-    for layer in (*before.values(), *after.values()):
-        layer.cpu()
     if probe:
+        before: dict[str, Linear] = {**low_rank, **dense}
+        for layer in (*before.values(), *after.values()):
+            layer.cpu()
         for junction in junctions:
             verify(probe, junction, before, after)
     rest = {key: t for key, t in tensors.items() if not any(key.startswith(f"{name}.") for name in after)}
     changed = {f"{name}.{key}": t for name, layer in after.items() for key, t in layer.state_dict().items()}
-    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in (rest | changed).items()}
+    return {key: (t.to(dtype) if t.is_floating_point() else t).cpu() for key, t in (rest | changed).items()}
 
 
 def foldable(probe: LayerProbe | None, entries: Entries) -> list[Junction]:
@@ -158,14 +158,14 @@ def foldable(probe: LayerProbe | None, entries: Entries) -> list[Junction]:
     return [junction for junction in found if entries.keys() >= {*junction.producers, junction.consumer}]
 
 
-def _low_rank(tensors: dict[str, Tensor], name: str) -> LowRankLinear:
-    u, v = tensors[f"{name}.u.weight"], tensors[f"{name}.v.weight"]
+def _low_rank(tensors: dict[str, Tensor], name: str, device: torch.device) -> LowRankLinear:
+    u, v = (tensors[f"{name}.{factor}.weight"].to(device) for factor in "uv")  # as stored: float64 is more to move
     return LowRankLinear.from_factors(u, v, tensors.get(f"{name}.bias"), torch.float64)
 
 
-def _dense(tensors: dict[str, Tensor], name: str) -> nn.Linear:
+def _dense(tensors: dict[str, Tensor], name: str, device: torch.device) -> nn.Linear:
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, dtype=torch.float64)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device, torch.float64)
     linear.load_state_dict({key: t for key, t in (("weight", weight), ("bias", bias)) if t is not None})
     return linear
 

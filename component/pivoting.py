@@ -16,7 +16,10 @@ RANK_TOLERANCE = 1e-10  # smallest over largest, below which a direction counts 
 LARGEST_COEFFICIENT = 1.2  # swaps go on until no coefficient is larger; small ones round well
 MOST_SWAPS_PER_RANK = 4  # every swap multiplies a determinant by more than 1.2, so the bound is never near
 LARGEST_SHARED_COEFFICIENT = 8.0  # of pivots that several matrices share
-HOPELESS = 1e6  # coefficients before any swap, above which float64 has not enough digits left for swaps to go on from
+LARGEST_IN_FLOAT32 = 1.19  # whose rounding must not decide on which side of 1.2 a coefficient lies
+# coefficients before any swap, above which there are not enough digits left for swaps to go on from
+HOPELESS, HOPELESS_IN_FLOAT32 = 1e6, 1e2
+GRAM_RESOLUTION = 1e-11  # eigenvalues of a float64 Gram matrix, relative to its trace, that no rounding of it explains
 STAY = (0.0, 0, 0)  # no swap
 
 
@@ -32,16 +35,26 @@ def pivot(u: Tensor, v: Tensor, what: str = "module") -> Pivots:
     """Pivoting factorization of W' = u v in float64, on the factor u alone.
 
     W'[I] has rank r exactly where u[I] is invertible, and C = u[J] u[I]^-1 then gives all other rows. I is chosen
-    by LU with row pivoting, then improved by swaps until |C| <= 1.2; it is sorted, as are the others.
+    by LU with row pivoting, then improved by swaps until |C| <= 1.2; it is sorted, as are the others. The choice is
+    made in float32 and kept where float64 proves it good; else it is made in float64.
 
     u: (d_out, r), v: (r, d_in), any float dtype. The rank is never raised; where u v has a lower one, the result
     has the lower one too. Returns float64.
 
     Raises: RunError naming `what` where a factor is not finite.
     """
+    u, v = _in_double(u, v, what)
+    rows, coefficients = _lu_rows(u.float())
+    if _largest(coefficients) < HOPELESS_IN_FLOAT32:
+        pivots = _improved(u, v, rows, coefficients, LARGEST_IN_FLOAT32, what)
+        if _largest(pivots.coefficients) <= LARGEST_COEFFICIENT and surely_full_rank(pivots):
+            return pivots
     u, v = _full_rank(u, v, what)
-    rows, coefficients = _lu_rows(u)
-    rows = _swap(rows, [coefficients], what)
+    return _improved(u, v, *_lu_rows(u), LARGEST_COEFFICIENT, what)
+
+
+def _improved(u: Tensor, v: Tensor, rows: Tensor, coefficients: Tensor, limit: float, what: str) -> Pivots:
+    rows = _swap(rows, [coefficients], limit, what)
     return _pivots_of(u, v, rows, _stretches([u.shape[1]], len(u)))
 
 
@@ -58,26 +71,54 @@ def pivot_together(factors: Sequence[tuple[Tensor, Tensor]], names: Sequence[str
     """
     if len(factors) == 1:
         return [pivot(*factors[0], names[0])]
-    full = [_full_rank(u, v, name) for (u, v), name in zip(factors, names, strict=True)]
-    us = [u for u, _ in full]
+    pairs = [_in_double(u, v, name) for (u, v), name in zip(factors, names, strict=True)]
+    together = _in_common(pairs, names)
+    if not (together and all(map(surely_full_rank, together))):
+        pairs = [_full_rank(u, v, name) for (u, v), name in zip(pairs, names, strict=True)]
+        together = _in_common(pairs, names)
+    if together:
+        return together
+    log.warning("%s: no good pivots in common, each has its own", " and ".join(names))
+    return [pivot(u, v, name) for (u, v), name in zip(pairs, names, strict=True)]
+
+
+def _in_common(pairs: list[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[Pivots] | None:
+    """Pivots in one order with coefficients up to 8, or None."""
+    us = [u for u, _ in pairs]
     ranks = [u.shape[1] for u in us]
     rows = common_rows(us)
     coefficients = [coefficients_of(u, rows) for u in us]
-    if all(_largest(c) < HOPELESS for c in coefficients):
-        rows = _swap(rows, coefficients, " and ".join(names))
-        stretches = _stretches(ranks, len(rows))
-        together = [_pivots_of(u, v, rows, stretches) for u, v in full]
-        if all(_largest(p.coefficients) <= LARGEST_SHARED_COEFFICIENT for p in together):
-            return together
-    log.warning("%s: no good pivots in common, each has its own", " and ".join(names))
-    return [pivot(u, v, name) for (u, v), name in zip(full, names, strict=True)]
+    if not all(_largest(c) < HOPELESS for c in coefficients):
+        return None
+    rows = _swap(rows, coefficients, LARGEST_COEFFICIENT, " and ".join(names))
+    together = [_pivots_of(u, v, rows, _stretches(ranks, len(rows))) for u, v in pairs]
+    good = all(_largest(p.coefficients) <= LARGEST_SHARED_COEFFICIENT for p in together)
+    return together if good else None
 
 
-def _full_rank(u: Tensor, v: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """The factors in float64, with as many columns as their product has rank."""
+def _in_double(u: Tensor, v: Tensor, what: str) -> tuple[Tensor, Tensor]:
     u, v = u.double(), v.double()
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise RunError(f"{what}: its low-rank factors are not finite")
+    return u, v
+
+
+def surely_full_rank(pivots: Pivots) -> bool:
+    """Whether a Cholesky factorization proves that W' has as many directions above RANK_TOLERANCE as pivots.
+
+    It exists only where all eigenvalues of W_p W_p^T, the squares of W_p's singular values, are above what is taken
+    off. W' has no smaller singular value than W_p, and ||W'||^2 <= (1 + ||C||_F^2) ||W_p||_F^2. False proves nothing:
+    a Gram matrix shows directions down to 3e-6 of the whole only.
+    """
+    gram = pivots.pivot_rows @ pivots.pivot_rows.T
+    absent = RANK_TOLERANCE**2 * (1 + pivots.coefficients.square().sum().item())
+    gram.diagonal().sub_(max(absent, GRAM_RESOLUTION) * gram.trace().item())
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return info.item() == 0 and bool(torch.isfinite(factor).all())
+
+
+def _full_rank(u: Tensor, v: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """The factors, with as many columns as their product has rank."""
     return (u, v) if _has_full_rank(u, v) else _reduce_rank(u, v, what)
 
 
@@ -100,7 +141,7 @@ def _reduce_rank(u: Tensor, v: Tensor, what: str) -> tuple[Tensor, Tensor]:
 def _lu_rows(u: Tensor) -> tuple[Tensor, Tensor]:
     """All row indices, those of the pivots first, and the coefficients of the rest."""
     rank = u.shape[1]
-    packed, swaps = torch.linalg.lu_factor(u)
+    packed, swaps, _ = torch.linalg.lu_factor_ex(u)
     rows = list(range(len(u)))
     for i, j in enumerate((swaps - 1).tolist()):
         rows[i], rows[j] = rows[j], rows[i]
@@ -157,7 +198,7 @@ def _stretches(ranks: list[int], count: int) -> list[tuple[int, int]]:
     return list(pairwise(sorted({0, *ranks, count})))
 
 
-def _swap(rows: Tensor, coefficients: list[Tensor], what: str) -> Tensor:
+def _swap(rows: Tensor, coefficients: list[Tensor], limit: float, what: str) -> Tensor:
     """Exchange a pivot with another row while that multiplies the product of the determinants of all u[I] by more
     than the limit (maxvol); returns the rows. Changes `coefficients` in place.
     """
@@ -165,7 +206,7 @@ def _swap(rows: Tensor, coefficients: list[Tensor], what: str) -> Tensor:
     stretches = _stretches(ranks, len(rows))
     for _ in range(MOST_SWAPS_PER_RANK * max(ranks)):
         gain, low, high = max((_best_swap(coefficients, *pair) for pair in combinations(stretches, 2)), default=STAY)
-        if gain <= LARGEST_COEFFICIENT:
+        if gain <= limit:
             return rows
         for c in coefficients:
             exchange(c, low, high)
@@ -187,7 +228,8 @@ def _best_swap(coefficients: list[Tensor], before: tuple[int, int], after: tuple
             gains = block if gains is None else gains * block
     if gains is None:
         return STAY
-    row, column = divmod(int(gains.argmax()), gains.shape[1])
+    row = int(gains.amax(dim=1).argmax())  # the argmax of a whole matrix is slow on the CPU
+    column = int(gains[row].argmax())
     return gains[row, column].item(), before[0] + column, after[0] + row
 
 
@@ -201,7 +243,7 @@ def exchange(coefficients: Tensor, low: int, high: int) -> None:
     else:
         i, j = high - rank, low
         peak, row, column = coefficients[i, j].clone(), coefficients[i].clone(), coefficients[:, j].clone()
-        coefficients -= torch.outer(column, row / peak)
+        coefficients.addr_(column, row / peak, alpha=-1)
         coefficients[i], coefficients[:, j] = -row / peak, column / peak
         coefficients[i, j] = 1 / peak
 

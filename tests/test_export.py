@@ -18,7 +18,6 @@ import PIFA
 from component import gguf_model
 from component.gguf_model import interleaved, rope_factors, vocabulary_of
 from tests import tiny
-from utils import models
 from utils.errors import UsageError
 
 PROMPT = tiny.token_windows(2, 24)
@@ -40,8 +39,9 @@ def with_merges(folder: Path) -> Path:
     return folder
 
 
-def from_gguf(path: Path, dtype=torch.float32):
-    return models.load_model(models.find_source(str(path)), dtype)
+def from_gguf(path: Path):
+    """By the library's own reader."""
+    return loaded(path.parent, gguf_file=path.name)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import component.pivoting
 from component.linear import PIFALinear
 from component.pivoting import (
     LARGEST_COEFFICIENT,
@@ -18,6 +19,7 @@ from component.pivoting import (
     exchange,
     pivot,
     pivot_together,
+    surely_full_rank,
 )
 from tests.tiny import rand, relative
 from utils.errors import RunError
@@ -105,6 +107,62 @@ def test_swaps_bring_large_coefficients_down():
     lower = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64).tril(-1)
     u = torch.cat([lower, -torch.ones(4, n, dtype=torch.float64)])
     check(u, rand(n, n))
+
+
+def of_spectrum(sigma: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Factors, hidden by a mixing of the columns, of a product with these singular values."""
+    r = len(sigma)
+    left, right = torch.linalg.qr(rand(m, r)).Q, torch.linalg.qr(rand(n, r, seed=1)).Q
+    mixing = rand(r, r, seed=2)
+    return left * sigma @ mixing, torch.linalg.solve(mixing, right.T)
+
+
+@pytest.mark.parametrize("exponent", range(-14, 1))
+def test_the_proof_of_full_rank_never_accepts_what_the_singular_values_refuse(exponent):
+    u, v = of_spectrum(torch.logspace(0, exponent, 9, dtype=torch.float64), 30, 20)
+    rows = torch.arange(30)
+    proven = surely_full_rank(Pivots(u[:9] @ v, coefficients_of(u, rows), rows.int()))
+    assert proven == (exponent >= -4)  # by the floor, 3e-6 of the norm, and what the first nine rows lose
+
+
+def test_the_proof_of_full_rank_needs_finite_numbers():
+    rows = rand(3, 5)
+    perm = torch.arange(6, dtype=torch.int32)
+    assert surely_full_rank(Pivots(rows, rand(3, 3), perm))
+    for bad in (torch.nan, torch.inf):
+        assert not surely_full_rank(Pivots(rows, torch.full((3, 3), bad, dtype=torch.float64), perm))
+        assert not surely_full_rank(Pivots(rows * bad, rand(3, 3), perm))
+
+
+@pytest.mark.parametrize(("exponent", "kept"), [(-9, 9), (-11, 8)])
+def test_where_the_proof_fails_the_rank_is_still_found(exponent, kept):
+    sigma = torch.ones(9, dtype=torch.float64)
+    sigma[8] = 10.0**exponent
+    pivots = pivot(*of_spectrum(sigma, 30, 20))
+    assert len(pivots.pivot_rows) == kept
+    assert pivots.coefficients.abs().max() <= LARGEST_COEFFICIENT + 1e-9
+
+
+def test_good_factors_are_not_screened_twice(monkeypatch):
+    """What float32 chooses is kept: the slow way in float64 is for the others."""
+    monkeypatch.setattr(component.pivoting, "_full_rank", None)
+    check(rand(60, 20), rand(20, 50, seed=1))
+    names, factors = ["a", "b"], [(rand(60, 20, seed=i), rand(20, 50, seed=9 + i)) for i in range(2)]
+    assert torch.equal(*(p.perm for p in pivot_together(factors, names)))
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_numbers_outside_the_range_of_float32(scale):
+    check(scale * rand(20, 6), rand(6, 15, seed=1))
+
+
+def test_rows_that_only_float64_tells_apart():
+    """A column that is another one plus 1e-9 of a third: float32 sees two equal ones."""
+    u = rand(30, 5)
+    u[:, 4] = u[:, 3] + 1e-9 * u[:, 4]
+    v = rand(5, 20, seed=1)
+    v[3], v[4] = 1e5 * v[3], 1e5 * v[4]
+    assert len(check(u, v).pivot_rows) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

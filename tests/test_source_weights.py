@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 import component.compress
 import PIFA
@@ -157,8 +158,6 @@ def test_other_names_are_loaded_whole_and_said(model_folder, tmp_path, caplog):
 
 
 def test_experts_that_the_library_fuses_are_loaded_whole(tmp_path, caplog):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     caplog.set_level("INFO", logger="pifa")
     shape = {**tiny.SHAPE, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **shape))
@@ -207,7 +206,8 @@ def test_the_layers_of_a_gguf_file_are_those_of_the_model_loaded_whole():
     source = models.find_source("smollm2")
     model, layers = open_model(source, torch.float32)
     assert isinstance(layers, ReadLayers)
-    whole = models.load_model(source, torch.float32)
+    arguments = {**source.arguments, "quantization_config": GgufConfig(dequantize=True)}
+    whole = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **arguments)
     found, expected = state_of(model, layers), state_of(whole, HeldLayers(whole))
     assert found.keys() == expected.keys()
     assert all(torch.equal(t, expected[key]) for key, t in found.items())

