@@ -92,7 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     method = parser.add_argument_group("how (m)")
     add = method.add_argument
-    add("--prune", default="svd-llm", help="svd-llm, svd or asvd factors, or flatllm: fewer channels")
+    add(
+        "--prune",
+        default="svd-llm",
+        help="svd-llm, svd or asvd factors; flatllm: fewer channels; auto: both, by block",
+    )
     add("--reconstruct_step", type=int, help="left out: exact M (svd, asvd, flatllm: 0); 0 none, 1 U, 2 U then V, -1 V")
     add("--old_output_factor", type=float, default=0.25, help="mix ratio lambda of dense and low-rank flow")
     add("--pruning_nsamples", type=int, help="windows for whitening (default: 128, on CPU 16)")

@@ -12,6 +12,10 @@ ROUNDING = 1 + 1e-12  # a hair above the product: 0.3 * 10 is 3.0000000000000004
 Plan = dict[str, int | None]  # module name -> rank, None where the module stays dense
 
 
+class Channels(int):
+    """In a plan in place of a rank: how many channels are left, of each head or of the MLP."""
+
+
 @dataclass(frozen=True)
 class Module:
     """A linear of decoder layer number `layer`; `attention` tells its type for allocations that treat the two apart."""

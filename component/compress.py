@@ -5,33 +5,32 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from component.folder import densities, files_beside, folder_config, rest_of
+from component.auto_planner import check_auto, planner_of
+from component.folder import densities, files_beside, folder_config, kind_of, load_layer, rest_of
 from component.job import Job, prepare
-from component.narrow_planner import NarrowPlanner, check_narrow, narrow_planner
+from component.narrow_planner import check_narrow
 from component.parallel import Team, team_for
 from component.plan import plan_as_json
 from component.planner import (
     Means,
-    Planner,
     announce,
-    attention_densities,
     check_budget,
     modules_of,
-    planner_for,
     recipe_of,
     shapes_of,
+    storage_of,
     work_of,
 )
-from component.solvers import NARROWING
+from component.solvers import AUTO, NARROWING
 from component.streaming import Flows, Refinement, compress_layers
-from component.tuning import Recipe, candidates, choose, held_out_perplexity, tunable
+from component.tuning import Recipe, as_json, candidates, choose, held_out_perplexity, tunable
 from utils import checkpoint as files
 from utils import report
 from utils.attention import repeat_heads
@@ -71,6 +70,8 @@ def _prepared(options: Namespace, team: Team) -> Job:
     """The first process checks, and fetches what there is to fetch; the others then find its folder begun."""
     if options.prune == NARROWING:
         check_narrow(options, team.size)
+    if options.prune == AUTO:
+        check_auto(options, team.size)
     if team.size > 1 and options.refine_steps:
         raise UsageError("--refine_steps tunes on all windows at once: start it without torchrun")
     if team.first:
@@ -94,8 +95,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
         repeat_heads(model)
     described = describe_layers(model, source)
     modules = modules_of(model, described)
-    narrows = options.prune == NARROWING
-    if not narrows:
+    if options.prune != NARROWING:
         check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
     flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
@@ -106,12 +106,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     start, names = recipe_of(options), tunable(options)
     recipes = candidates(start, names, max(options.tune, 1))
     loaded = watch.seconds()
-    planner: Planner | NarrowPlanner
-    if narrows:
-        rows = job.windows[: options.reconstruct_nsamples]
-        planner = narrow_planner(options, model, described, modules, rows, means)
-    else:
-        planner = planner_for(job, model, described, modules, start, recipes, means)
+    planner = planner_of(job, model, described, modules, start, recipes, means)
     profiled = watch.seconds()
     refinement = Refinement(options.refine_steps, start.drift_factor, options.seed) if options.refine_steps else None
 
@@ -125,10 +120,11 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
 
     chosen = team.agreed(writer and writer.settled)
     if chosen is None:
-        recipe, tuned = choose(start, attention_densities(options, modules), names, options.tune, judge)
-        chosen = {"recipe": asdict(recipe), "tuned": tuned}
+        recipe, tuned = choose(start, planner.kinds(start), names, options.tune, judge)
+        chosen = {"recipe": as_json(recipe), "tuned": tuned}
     recipe = Recipe(**chosen["recipe"])
     plan = planner.plan(recipe)
+    entries = planner.entries(plan)
     if writer:
         writer.settle(chosen)
     shards = [files.layer_shard(index) for index in range(len(described))]
@@ -136,7 +132,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
 
     def finished(index: int, layer: nn.Module) -> bool:
         if shards[index] in done:
-            planner.load(layer, described[index], plan, files.open_shard(folder / shards[index]), dtype)
+            load_layer(layer, described[index], entries, files.open_shard(folder / shards[index]))
         return shards[index] in done
 
     timed = next((index for index, shard in enumerate(shards) if shard not in done), None)
@@ -153,7 +149,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
 
-    entries = planner.entries(plan)
+    kind = kind_of(entries)
     with tempfile.TemporaryDirectory() as temporary:
         files.write_json(Path(temporary) / "plan.json", plan_as_json(plan))
         beside = files_beside(Path(temporary), model, job.tokenizer)
@@ -164,8 +160,8 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
             **watch.readings(),
-            **densities(folder, entries, planner.ranks_paid_for, options.density),
-            "kind": planner.kind,
+            **densities(folder, entries, "channels" if kind == "narrow" else storage_of(options).name, options.density),
+            "kind": kind,
             "ranks": {module.name: plan[module.name] for module in modules},
             "device": report.device_name(device),
             "versions": report.versions(),
@@ -175,7 +171,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
 
 def settings_of(job: Job, recipe: Recipe, tuned: list[dict[str, Any]]) -> dict[str, Any]:
     """The part of the record that says what was done: the flags, and of what was chosen the choice."""
-    constants = asdict(recipe)
+    constants = as_json(recipe)
     attention = constants.pop("attention_density")
     return {
         "mode": "m",

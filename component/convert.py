@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from component.cost import LOW_RANK, PIVOTED
 from component.fold import Linear, fold, verify
-from component.folder import densities
+from component.folder import densities, kept_of
+from component.integration import FACTORS
 from component.linear import LowRankLinear, PIFALinear
 from component.pivoting import pivot_together
 from utils import checkpoint as files
@@ -85,7 +86,7 @@ def _convert(
         "dtype": dtype,
         **watch.readings(),
         **densities(folder, entries, storage.name, source.record["density_asked"]),
-        "ranks": {name: None if entry["kind"] == "dense" else entry["rank"] for name, entry in entries.items()},
+        "ranks": {name: kept_of(entry) for name, entry in entries.items()},
         "device": report.device_name(device),
         "versions": report.versions(),
     }
@@ -153,9 +154,13 @@ def pivot_tensors(
 
 
 def foldable(probe: LayerProbe | None, entries: Entries) -> list[Junction]:
-    """Those whose linears are all in the entries; one that calibration never called is not."""
+    """Those whose linears are all in the entries, with a low-rank one before the joint: only pivots change an order.
+
+    A linear that calibration never called is not in the entries.
+    """
     found = probe.junctions if probe else []
-    return [junction for junction in found if entries.keys() >= {*junction.producers, junction.consumer}]
+    complete = [junction for junction in found if entries.keys() >= {*junction.producers, junction.consumer}]
+    return [one for one in complete if any(entries[name]["kind"] in FACTORS for name in one.producers)]
 
 
 def _low_rank(tensors: dict[str, Tensor], name: str, device: torch.device) -> LowRankLinear:

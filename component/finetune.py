@@ -168,7 +168,7 @@ def stages_of(order: str, layers: dict[str, dict[str, Any]]) -> list[Stage]:
                 last.append(f"{name}.{outer}")
             first.append(f"{name}.{inner}")
     if not first:
-        raise UsageError("this checkpoint has no factors to train: all its linears are dense")
+        raise UsageError("this checkpoint has no factors to train: all its linears are dense, or have fewer channels")
     if order == "sequential":
         stages = [Stage("coefficients", last), Stage("pivots", first)]
         return [stage for stage in stages if stage.linears]

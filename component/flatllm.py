@@ -82,5 +82,10 @@ def compensated(
     weight: W (d_out, n); target: Y z^T (d_out, n), W C where nothing else is asked for; moment: C = z z^T (n, n),
     float64; kept: S as indices (k,); damping: mu over the mean diagonal of S^T C S. Returns (d_out, k) float64.
     """
-    factor, mu = damped_cholesky(moment[kept][:, kept], damping, what)
-    return solve_right(target[:, kept] + mu * weight.double()[:, kept], factor)
+    return refitted(weight.double()[:, kept], target[:, kept], moment[kept][:, kept], damping, what)
+
+
+def refitted(weight: Tensor, target: Tensor, moment: Tensor, damping: float, what: str = "module") -> Tensor:
+    """The minimiser W' of ||Y - W' z||^2 + mu ||W - W'||^2. target: Y z^T; moment: z z^T; damping: mu over its mean."""
+    factor, mu = damped_cholesky(moment, damping, what)
+    return solve_right(target + mu * weight.double(), factor)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from component.budget import Module, Plan
-from component.cost import PIVOTED
-from component.integration import FORMAT_VERSION, METHOD
-from component.linear import LowRankLinear
+from component.cost import PIVOTED, StorageFormat
+from component.integration import FORMAT_VERSION, METHOD, made_of
 from utils import checkpoint as files
 from utils.layers import DecoderLayer
 
 
-def load_layer(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype) -> None:
+def load_layer(
+    layer: nn.Module, described: DecoderLayer, entries: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
+) -> None:
     """Turn a copy of a dense layer into the finished one that an earlier run stored."""
     for name in described.linears():
-        rank = plan[f"{described.name}.{name}"]
-        if rank is not None:
-            linear = layer.get_submodule(name)
-            like = {"device": linear.weight.device, "dtype": dtype}
-            low_rank = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None, **like)
-            layer.set_submodule(name, low_rank)
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layer.set_submodule(name, made_of(linear, entries[f"{described.name}.{name}"]))
     layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
+    layer.requires_grad_(False)
 
 
 def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor
     return kept
 
 
-def layer_entries(modules: list[Module], plan: Plan) -> dict[str, dict[str, Any]]:
+def layer_entries(modules: Sequence[Module], plan: Plan) -> dict[str, dict[str, Any]]:
     """The `layers` of the quantization config."""
     entries: dict[str, dict[str, Any]] = {}
     for module in modules:
@@ -82,6 +82,23 @@ def loader_files() -> list[Path]:
     return [here / f"{name}.py" for name in loader]
 
 
+def kept_of(entry: dict[str, Any]) -> int | None:
+    """The rank of a linear, or its channels that are left; None where all are."""
+    names = ("kept_in", "kept_out") if entry["kind"] == "dense" else ("width", "rank")
+    return next((entry[name] for name in names if name in entry), None)
+
+
+def kind_of(entries: dict[str, dict[str, Any]]) -> str:
+    """What --mode m calls a checkpoint: "narrow" where channels are gone and no linear has factors, else "lowrank"."""
+    factored = any(entry["kind"] == "lowrank" for entry in entries.values())
+    return "narrow" if is_narrow(entries) and not factored else "lowrank"
+
+
+def is_narrow(entries: dict[str, dict[str, Any]]) -> bool:
+    """Whether any linear has fewer channels than in the dense model."""
+    return any(stored_shape(entry) != (entry["out_features"], entry["in_features"]) for entry in entries.values())
+
+
 def stored_shape(entry: dict[str, Any]) -> tuple[int, int]:
     """(rows, columns) of the matrix that is stored for such an entry, or a dense one."""
     rows, columns = entry["out_features"], entry["in_features"]
@@ -93,10 +110,10 @@ def stored_shape(entry: dict[str, Any]) -> tuple[int, int]:
     return entry.get("kept_out", rows), entry.get("kept_in", columns)
 
 
-def stored_pivoted(entry: dict[str, Any]) -> int:
-    """Numbers that a linear stores, or would store pivoted."""
+def stored_as(entry: dict[str, Any], storage: StorageFormat) -> int:
+    """Numbers that a linear stores, or would store if its factors were in this form."""
     if entry["kind"] in ("lowrank", "pifa"):
-        return PIVOTED.stored(entry["rank"], entry["out_features"], entry["in_features"])
+        return storage.stored(entry["rank"], entry["out_features"], entry["in_features"])
     return math.prod(stored_shape(entry))
 
 
@@ -106,7 +123,7 @@ def densities(folder: Path, entries: dict[str, dict[str, Any]], ranks_paid_for: 
     ranks_paid_for: the form of storage whose density was asked for.
     """
     counts = files.count_numbers(folder, entries)
-    pivoted = sum(map(stored_pivoted, entries.values()))
+    pivoted = sum(stored_as(entry, PIVOTED) for entry in entries.values())
     return {
         "density": counts.density,
         "density_asked": asked,

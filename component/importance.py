@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from component.moments import full_precision
-from component.narrowing import narrow_plan, parts_of
+from component.narrowing import narrow_plan
+from component.parts import parts_of
 from component.planner import modules_of
 from component.sensitivity import angular_influence
 from component.streaming import advance

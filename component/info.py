@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import component.integration  # noqa: F401  (teaches transformers to load checkpoints)
+from component.folder import kept_of
 from component.planner import modules_of
 from evaluater import find_model
 from utils import checkpoint as files
@@ -114,7 +115,7 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
         Linear(
             name,
             entry["kind"],
-            _kept(entry),
+            kept_of(entry),
             entry["in_features"] * entry["out_features"],
             numbers[name],
             sizes[name],
@@ -122,12 +123,6 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
         for name, entry in checkpoint.layers.items()
     ]
     return linears, parameters, size, checkpoint.record
-
-
-def _kept(entry: dict[str, Any]) -> int | None:
-    """The rank of a linear, or its channels that are left; None where all are."""
-    names = ("kept_in", "kept_out") if entry["kind"] == "dense" else ("rank", "width")
-    return next((entry[name] for name in names if name in entry), None)
 
 
 def _original(options: Namespace, source: models.Source) -> tuple[list[Linear], int, int, dict[str, Any]]:

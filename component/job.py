@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from component.solvers import AUTO
 from component.tuning import searches_attention
 from utils import checkpoint as files
 from utils import data, models
@@ -44,10 +45,10 @@ def prepare(options: Namespace) -> Job:
     before, held_out = data.hold_out(data.tokenize(tokenizer, text.text), options.heldout_nsamples, length)
     count = max(options.pruning_nsamples, options.reconstruct_nsamples)
     windows = data.random_windows(before, count, length, options.seed)
-    if not len(held_out) and (options.tune or searches_attention(options)):
+    if not len(held_out) and (options.tune or searches_attention(options) or options.prune == AUTO):
         raise UsageError(
-            "--tune, and --allocation type without --attn_ratio, choose on held-out windows, and there are none: "
-            "raise --heldout_nsamples, lower --model_seq_len or take a longer text"
+            "--prune auto, --tune, and --allocation type without --attn_ratio, choose on held-out windows, and there "
+            "are none: raise --heldout_nsamples, lower --model_seq_len or take a longer text"
         )
     identity = identity_of(options, source, config, text.name, windows, held_out, dtype)
     folder = Path(options.save_path) / _folder_name(options, source, identity)

@@ -1,11 +1,11 @@
 """Allocations that look for the plan of least loss: what every rank of every module loses is in `Budget.curves`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from component.budget import Budget, Module, Plan, rank_of, rounded_down
+from component.budget import Budget, Channels, Module, Plan, rank_of, rounded_down
 from utils.errors import UsageError
 
 PRICE_BISECTIONS = 100
@@ -33,15 +33,64 @@ def by_loss(budget: Budget) -> Plan:
     What is added up is the loss to the power 0.85: an estimate to second order says too much where it is large.
     """
     choices = {module.name: _ranks_from_floor(module, budget) for module in budget.modules}
+    price = _price(budget, lambda price: _spent(choices, _at_price(choices, price)))
+    return _plan(budget, choices, _at_price(choices, price))
+
+
+class Block(NamedTuple):
+    """Linears that can have fewer channels between them. curve: the expected loss at every number of channels."""
+
+    names: tuple[str, ...]
+    curve: Sequence[float]
+
+
+def by_loss_and_form(budget: Budget, blocks: Sequence[Block]) -> Plan:
+    """`by_loss` where each block either has ranks or, if that loses less at the price, fewer channels.
+
+    A linear of a block that got narrower has Channels in the plan.
+    """
+    choices = {module.name: _ranks_from_floor(module, budget) for module in budget.modules}
+    numbers = {module.name: module.numbers for module in budget.modules}
+    narrow = {_key(block): _channels_from_floor(block, numbers, budget) for block in blocks}
+
+    def chosen(price: float) -> dict[str, Choices]:
+        """Of every block the form that is better at this price, as what is then to choose from."""
+        found = dict(choices)
+        for block in blocks:
+            ranks, channels = {name: choices[name] for name in block.names}, {_key(block): narrow[_key(block)]}
+            if _least(channels, price) < _least(ranks, price):
+                found = {name: c for name, c in found.items() if name not in ranks} | channels
+        return found
+
+    def spent(price: float) -> float:
+        found = chosen(price)
+        return _spent(found, _at_price(found, price))
+
+    price = _price(budget, spent)
+    found = chosen(price)
+    plan = _plan(budget, found, _at_price(found, price))
+    for block in blocks:
+        if _key(block) in plan:
+            kept = plan.pop(_key(block))
+            plan |= dict.fromkeys(block.names, None if kept is None else Channels(kept))
+    return {module.name: plan[module.name] for module in budget.modules}
+
+
+def _key(block: Block) -> str:
+    return "+".join(block.names)
+
+
+def _price(budget: Budget, spent: Callable[[float], float]) -> float:
+    """The least price, to rounding, at which what is spent fits the budget; spent(price) does not rise."""
     low, high = 0.0, 1.0
-    while _spent(choices, _at_price(choices, high)) > budget.numbers:
+    while spent(high) > budget.numbers:
         low, high = high, high * 16
         if high > MOST_PRICE:
             raise UsageError(f"no ranks fit density {budget.density:g}: ask for more")
     for _ in range(PRICE_BISECTIONS):
         price = (low + high) / 2
-        low, high = (price, high) if _spent(choices, _at_price(choices, price)) > budget.numbers else (low, price)
-    return _plan(budget, choices, _at_price(choices, high))
+        low, high = (price, high) if spent(price) > budget.numbers else (low, price)
+    return high
 
 
 def asvd(budget: Budget) -> Plan:
@@ -80,6 +129,15 @@ def _ranks_from_floor(module: Module, budget: Budget) -> Choices:
     return choices._replace(losses=choices.losses**LOSS_POWER)
 
 
+def _channels_from_floor(block: Block, numbers: Mapping[str, int], budget: Budget) -> Choices:
+    """Every number of channels from the same floor on, or of them the multiples asked for, and all of them."""
+    full, whole = len(block.curve) - 1, sum(numbers[name] for name in block.names)
+    least = max(1, int(budget.rank_floor * budget.density * full))
+    kept = np.array([*(n for n in range(least, full) if n % budget.rank_multiple == 0), full])
+    losses = np.asarray(block.curve, dtype=float)[kept] ** LOSS_POWER
+    return Choices(kept, losses, kept * float(whole // full))
+
+
 def _ranks_of_ratios(module: Module, budget: Budget) -> Choices:
     paid = [budget.storage.rank_for(ratio * module.numbers, module.d_out, module.d_in) for ratio in ASVD_RATIOS]
     return _choices(module, {rounded_down(rank, budget.rank_multiple) for rank in paid if rank}, budget)
@@ -99,6 +157,11 @@ def _choices(module: Module, ranks: set[int], budget: Budget) -> Choices:
 def _at_price(choices: Mapping[str, Choices], price: float) -> dict[str, int]:
     # losses per token are small and numbers are millions: the price is per million
     return {name: int(np.argmin(c.losses + price * 1e-6 * c.numbers)) for name, c in choices.items()}
+
+
+def _least(choices: Mapping[str, Choices], price: float) -> float:
+    """What these lose and cost, each at its best for this price."""
+    return sum((c.losses + price * 1e-6 * c.numbers).min() for c in choices.values())
 
 
 def _below(choices: Mapping[str, Choices], threshold: float) -> dict[str, int]:

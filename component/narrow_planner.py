@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from component.budget import Module, Plan
 from component.importance import block_influence, read_influence
-from component.narrowing import Narrowing, Parts, load_narrow, narrow_entries, narrow_plan, parts_of
+from component.narrowing import Narrowing, narrow_entries, narrow_plan
+from component.parts import Parts, parts_of
 from component.planner import Means
 from component.solvers import NARROWING, Solver, make_solver
 from component.tuning import Recipe
@@ -31,8 +31,8 @@ class NarrowPlanner:
     parts: list[Parts]
     influence: list[float]
 
-    kind = "narrow"
-    ranks_paid_for = "channels"
+    def kinds(self, _start: Recipe) -> list[Recipe]:
+        return []
 
     def plan(self, _recipe: Recipe) -> Plan:
         return narrow_plan(self.modules, self.described, self.parts, self.options.density, self.influence)
@@ -41,16 +41,13 @@ class NarrowPlanner:
         return make_solver(NARROWING, self.options.reconstruct_step, recipe.old_output_factor)
 
     def narrowing(self, recipe: Recipe) -> Narrowing:
-        by_name = {layer.name: part for layer, part in zip(self.described, self.parts, strict=True)}
-        return Narrowing(by_name, recipe.old_output_factor, self.options.ridge)
+        return Narrowing(self.parts_by_layer(), recipe.old_output_factor, self.options.ridge)
 
     def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
         return narrow_entries(self.modules, self.described, self.parts, plan)
 
-    def load(
-        self, layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype
-    ) -> None:
-        load_narrow(layer, described, plan, tensors, dtype)
+    def parts_by_layer(self) -> dict[str, Parts]:
+        return {layer.name: part for layer, part in zip(self.described, self.parts, strict=True)}
 
 
 def check_narrow(options: Namespace, processes: int) -> None:

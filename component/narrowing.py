@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from component.allocation import balanced
-from component.budget import Budget, Module, Plan
+from component.budget import Budget, Channels, Module, Plan
 from component.cost import LOW_RANK
 from component.flatllm import (
     absorb_bases,
@@ -20,11 +20,12 @@ from component.flatllm import (
     project_values,
     value_moment,
 )
-from component.folder import stored_shape
+from component.folder import layer_entries, stored_shape
 from component.lockstep import Stop, lockstep
 from component.moments import Moments
 from component.narrow import PaddedHeads, PickedHeads
 from component.parallel import Team
+from component.parts import Parts
 from component.reconstruction import target_moment
 from component.solvers import Solver
 from component.streaming import Flows, add_moments
@@ -32,57 +33,6 @@ from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer
 
 LEVERAGE_RIDGE = 1.0  # lambda of the paper, absolute, on raw sums
-ROLES = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The linears of a layer that get narrower, by their names in it, and its heads.
-
-    heads: of keys and values; query_heads: a multiple of it; channels: of the MLP.
-    """
-
-    value: str
-    output: str
-    gate: str
-    up: str
-    down: str
-    heads: int
-    query_heads: int
-    head_dim: int
-    channels: int
-
-    @property
-    def attention(self) -> tuple[str, str]:
-        return self.value, self.output
-
-    @property
-    def mlp(self) -> tuple[str, str, str]:
-        return self.gate, self.up, self.down
-
-
-def parts_of(layer: nn.Module, described: DecoderLayer) -> Parts:
-    """Raises: UsageError where the layer does not have each of the LLaMA family's projections once."""
-    found = {role: [name for name in described.linears() if name.rsplit(".", 1)[-1] == role] for role in ROLES}
-    head_dim = getattr(layer.get_submodule(described.linears()[0].rpartition(".")[0]), "head_dim", None)
-    if head_dim is None or any(len(names) != 1 for names in found.values()):
-        raise UsageError(
-            f"--prune flatllm needs layers with {', '.join(ROLES)} and a head_dim; {described.name} has "
-            f"{', '.join(described.linears())}"
-        )
-    value, output, gate, up, down = (names[0] for names in found.values())
-    linears: dict[str, Any] = {name: layer.get_submodule(name) for name in (value, output, down)}
-    return Parts(
-        value,
-        output,
-        gate,
-        up,
-        down,
-        heads=linears[value].out_features // head_dim,
-        query_heads=linears[output].in_features // head_dim,
-        head_dim=head_dim,
-        channels=linears[down].in_features,
-    )
 
 
 def narrow_plan(
@@ -120,8 +70,8 @@ def narrow_plan(
         kept = min(int((budget - width * per_width) / per_channel), part.channels)
         if kept < 1:
             raise UsageError(f"density {density:g} leaves the MLP of {layer.name} no channel: raise it")
-        plan.update(dict.fromkeys(attention, width if width < part.head_dim else None))
-        plan.update(dict.fromkeys(mlp, kept if kept < part.channels else None))
+        plan.update(dict.fromkeys(attention, Channels(width) if width < part.head_dim else None))
+        plan.update(dict.fromkeys(mlp, Channels(kept) if kept < part.channels else None))
     return plan
 
 
@@ -160,7 +110,7 @@ class Narrowing:
         stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
         assert states[1] is not None
         batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
-        finished: list[tuple[str, nn.Module]] = []
+        finished: dict[str, nn.Module] = {}
         with (
             lockstep(dense, stops, batches[0], kwargs, flows.waiting) as dense_flow,
             lockstep(small, stops, batches[1], kwargs, flows.waiting) as flow,
@@ -170,7 +120,7 @@ class Narrowing:
                 for _, stop in zip(dense_flow.at(part.value), flow.at(part.value), strict=True):
                     moment = _add_values(moment, small, part, stop, flows.reconstruction - start)
                     start += stop.windows
-                _narrow_heads(small, part, moment, width, dtype, described.name)
+                self._narrow_heads(small, part, moment, width, dtype, described.name)
             if kept is not None:
                 moments, start = Moments(), first
                 for dense_stop, stop in zip(dense_flow.at(part.down), flow.at(part.down), strict=True):
@@ -180,28 +130,26 @@ class Narrowing:
             for passes, batch in zip((dense_flow, flow), batches, strict=True):
                 for states_of_batch, output in zip(batch, passes.outputs(), strict=True):
                     states_of_batch.copy_(output)
-        for name, module in finished:
+        for name, module in finished.items():
             small.set_submodule(name, module)
+
+    def _narrow_heads(self, layer: nn.Module, part: Parts, moment: Tensor | None, width: int, dtype, what: str) -> None:
+        assert moment is not None
+        bases, _ = head_bases(finite(moment, f"{what}.{part.value}"), width)
+        output: Any = layer.get_submodule(part.output)
+        for name, module in narrow_heads(layer, part, bases, absorb_bases(output.weight, bases), dtype).items():
+            layer.set_submodule(name, module)
 
     def _narrow_mlp(
         self, layer: nn.Module, part: Parts, moments: Moments, kept: int, dtype: torch.dtype, what: str
-    ) -> list[tuple[str, nn.Module]]:
-        """What becomes of the three; until then the passes that wait before `down` go through a stand-in."""
+    ) -> dict[str, nn.Module]:
         assert moments.gram is not None
         gram, down = moments.gram, layer.get_submodule(part.down)
         assert isinstance(down, nn.Linear)
-        chosen = most_telling(leverage_scores(_finite(gram, f"{what}.{part.down}"), LEVERAGE_RIDGE), kept)
+        chosen = most_telling(leverage_scores(finite(gram, f"{what}.{part.down}"), LEVERAGE_RIDGE), kept)
         target = target_moment(down.weight, gram, moments.cross, self.mix_ratio)
         weight = compensated(down.weight, target, gram, chosen, self.damping, f"{what}.{part.down}")
-        narrow = _linear(weight, down.bias, dtype)
-        finished: list[tuple[str, nn.Module]] = [(part.down, narrow)]
-        for name in (part.gate, part.up):
-            linear = layer.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            rows = linear.weight[chosen], None if linear.bias is None else linear.bias[chosen]
-            finished.append((name, _linear(*rows, dtype)))
-        layer.set_submodule(part.down, _Picking(narrow, chosen))
-        return finished
+        return narrow_mlp(layer, part, chosen, weight, dtype)
 
 
 class _Picking(nn.Module):
@@ -226,18 +174,36 @@ def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, stop: Stop
     return more if moment is None else moment.add_(more)
 
 
-def _narrow_heads(
-    layer: nn.Module, part: Parts, moment: Tensor | None, width: int, dtype: torch.dtype, what: str
-) -> None:
-    assert moment is not None
+def narrow_heads(
+    layer: nn.Module, part: Parts, bases: Tensor, output_weight: Tensor, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """What takes the place of the two linears, by name. output_weight: (d_out, query heads * width), float64."""
     value, output = layer.get_submodule(part.value), layer.get_submodule(part.output)
     assert isinstance(value, nn.Linear) and isinstance(output, nn.Linear)
-    bases, _ = head_bases(_finite(moment, f"{what}.{part.value}"), width)
-    new_value, new_output = _empty_heads(value, output, part, width, dtype)
+    new_value, new_output = _empty_heads(value, output, part, bases.shape[-1], dtype)
     _fill(new_value, *project_values(value.weight, value.bias, bases))
-    _fill(new_output, absorb_bases(output.weight, bases), output.bias)
-    layer.set_submodule(part.value, new_value)
-    layer.set_submodule(part.output, new_output)
+    _fill(new_output, output_weight, output.bias)
+    return {part.value: new_value, part.output: new_output}
+
+
+def narrow_mlp(
+    layer: nn.Module, part: Parts, chosen: Tensor, down_weight: Tensor, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """What takes the place of the three linears, by name; passes that wait before `down` go through a stand-in.
+
+    chosen: channels that stay, in rising order; down_weight: (d_out, as many), float64.
+    """
+    down = layer.get_submodule(part.down)
+    assert isinstance(down, nn.Linear)
+    narrow = _linear(down_weight, down.bias, dtype)
+    finished: dict[str, nn.Module] = {part.down: narrow}
+    for name in (part.gate, part.up):
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows = linear.weight[chosen], None if linear.bias is None else linear.bias[chosen]
+        finished[name] = _linear(*rows, dtype)
+    layer.set_submodule(part.down, _Picking(narrow, chosen))
+    return finished
 
 
 def _empty_heads(
@@ -265,46 +231,29 @@ def _fill(module: nn.Linear | PaddedHeads | PickedHeads, weight: Tensor, bias: T
     module.requires_grad_(False)
 
 
-def _finite(moment: Tensor, what: str) -> Tensor:
+def finite(moment: Tensor, what: str) -> Tensor:
     """Raises: RunError where it is not, in words; eigh would say something else."""
     if not torch.isfinite(moment).all():
         raise RunError(f"{what}: the moments of its input are not finite")
     return moment
 
 
-def load_narrow(layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype) -> None:
-    """Turn a copy of a dense layer into the finished one that an earlier run stored."""
-    part = parts_of(layer, described)
-    width, kept = plan[f"{described.name}.{part.value}"], plan[f"{described.name}.{part.down}"]
-    linears: dict[str, Any] = {name: layer.get_submodule(name) for name in part.attention + part.mlp}
-    if width is not None:
-        made = _empty_heads(linears[part.value], linears[part.output], part, width, dtype)
-        for name, module in zip(part.attention, made, strict=True):
-            layer.set_submodule(name, module.requires_grad_(False))
-    if kept is not None:
-        for name in part.mlp:
-            d_out, d_in = linears[name].weight.shape
-            shape = (d_out, kept) if name == part.down else (kept, d_in)
-            device = linears[name].weight.device
-            linear = nn.Linear(shape[1], shape[0], linears[name].bias is not None, device, dtype)
-            layer.set_submodule(name, linear.requires_grad_(False))
-    layer.load_state_dict({name.removeprefix(f"{described.name}."): t for name, t in tensors.items()})
-
-
 def narrow_entries(
     modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], plan: Plan
 ) -> dict[str, dict[str, Any]]:
     """The `layers` of the quantization config (see integration.py); features are those of the dense model."""
-    entries: dict[str, dict[str, Any]] = {}
+    ranks = {name: None if isinstance(rank, Channels) else rank for name, rank in plan.items()}
+    entries = layer_entries(modules, ranks)
     for module in modules:
         layer, part = described[module.layer], parts[module.layer]
-        role, kept = module.name.removeprefix(f"{layer.name}."), plan[module.name]
-        entry: dict[str, Any] = {"kind": "dense", "in_features": module.d_in, "out_features": module.d_out}
-        if kept is not None and role == part.value:
-            entry |= {"kind": "narrow_out", "heads": part.heads, "width": kept}
-        elif kept is not None and role == part.output:
-            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": kept}
-        elif kept is not None:
-            entry["kept_in" if role == part.down else "kept_out"] = kept
-        entries[module.name] = entry | {"rank": min(stored_shape(entry))}
+        role, kept, entry = module.name.removeprefix(f"{layer.name}."), plan[module.name], entries[module.name]
+        if not isinstance(kept, Channels):
+            continue
+        if role == part.value:
+            entry |= {"kind": "narrow_out", "heads": part.heads, "width": int(kept)}
+        elif role == part.output:
+            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": int(kept)}
+        else:
+            entry["kept_in" if role == part.down else "kept_out"] = int(kept)
+        entry["rank"] = min(stored_shape(entry))
     return entries

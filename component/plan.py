@@ -1,11 +1,14 @@
-"""A plan as a JSON file that users can edit: {"format_version": 1, "layers": {module name: rank | "dense"}}."""
+"""A plan as a JSON file that users can edit: {"format_version": 1, "layers": {module name: rank | "dense"}}.
+
+One that left out whole channels has {"channels": how many are left} in place of a rank, which is written and not read.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from component.budget import Module, Plan
+from component.budget import Channels, Module, Plan
 from utils.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -40,8 +43,11 @@ def read_plan(path: Path, modules: Sequence[Module]) -> Plan:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """What read_plan reads."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "layers": {name: "dense" if rank is None else rank for name, rank in plan.items()},
-    }
+    """What read_plan reads, unless it has channels."""
+
+    def said(rank: int | None) -> Any:
+        if isinstance(rank, Channels):
+            return {"channels": int(rank)}
+        return "dense" if rank is None else rank
+
+    return {"format_version": FORMAT_VERSION, "layers": {name: said(rank) for name, rank in plan.items()}}

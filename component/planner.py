@@ -2,7 +2,8 @@
 
 import logging
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from transformers import PreTrainedModel
 from component.allocation import ALLOCATIONS, PROFILED, attention_range, mlp_density, uniform
 from component.budget import RANK_FLOOR, Budget, Module, Plan
 from component.cost import LOW_RANK, PIVOTED, StorageFormat
-from component.folder import layer_entries, load_layer
+from component.folder import layer_entries
 from component.job import Job
 from component.parallel import Team
+from component.parts import parts_of
 from component.plan import read_plan
 from component.profile import Profile, Profiling, make_profile
 from component.sensitivity import output_weighting
-from component.solvers import Solver, make_solver
+from component.solvers import AUTO, Solver, make_solver
 from component.streaming import Flows, compress_layers
-from component.tuning import ATTENTION_STEP, Recipe, searches_attention
+from component.tuning import ATTENTION_STEP, Recipe, as_json, searches_attention
 from utils import checkpoint as files
 from utils import report
 from utils.errors import UsageError
@@ -66,15 +68,10 @@ class Planner:
     device: torch.device
     profile: Profile | None = None
 
-    @property
-    def storage(self) -> StorageFormat:
-        return PIVOTED if self.options.use_pifa else LOW_RANK
-
-    kind = "lowrank"
-
-    @property
-    def ranks_paid_for(self) -> str:
-        return self.storage.name
+    def kinds(self, start: Recipe) -> list[Recipe]:
+        """What to choose from on held-out windows before any constants."""
+        densities = attention_densities(self.options, self.modules)
+        return [replace(start, attention_density=density) for density in densities]
 
     def narrowing(self, _recipe: Recipe) -> None:
         """Groups of linears are solved one by one."""
@@ -82,20 +79,18 @@ class Planner:
     def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
         return layer_entries(self.modules, plan)
 
-    def load(
-        self, layer: nn.Module, described: DecoderLayer, plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype
-    ) -> None:
-        load_layer(layer, described, plan, tensors, dtype)
-
     def plan(self, recipe: Recipe) -> Plan:
         """By the named allocation, or from the user's file, whose ranks are taken as they are."""
+        if self.options.allocation not in ALLOCATIONS:
+            return read_plan(Path(self.options.allocation), self.modules)
+        return ALLOCATIONS[self.options.allocation](self.budget(recipe))
+
+    def budget(self, recipe: Recipe) -> Budget:
         options, profile = self.options, self.profile
-        if options.allocation not in ALLOCATIONS:
-            return read_plan(Path(options.allocation), self.modules)
-        budget = Budget(
+        return Budget(
             self.modules,
             options.density,
-            self.storage,
+            storage_of(options),
             recipe.attention_density,
             curves=profile.curves(recipe.output_shrinkage) if profile else {},
             outliers=profile.outliers if profile else (),
@@ -103,13 +98,16 @@ class Planner:
             rank_multiple=options.rank_multiple,
             rank_floor=recipe.rank_floor,
         )
-        return ALLOCATIONS[options.allocation](budget)
+
+    def weighting(self, recipe: Recipe) -> Callable[[str], Tensor] | None:
+        """Module name -> L_g; None where output errors all count alike."""
+        if self.profile is None or recipe.output_shrinkage is None:
+            return None
+        return partial(_weighting, self.profile, recipe.output_shrinkage, self.device)
 
     def solver(self, recipe: Recipe) -> Solver:
         options, profile = self.options, self.profile
-        weighting = token_weights = None
-        if profile and recipe.output_shrinkage is not None:
-            weighting = partial(_weighting, profile, recipe.output_shrinkage, self.device)
+        token_weights = None
         if profile and recipe.token_power:
             token_weights = partial(_token_weights, profile, recipe.token_power, options.reconstruct_nsamples)
         return make_solver(
@@ -118,16 +116,20 @@ class Planner:
             recipe.old_output_factor,
             recipe.drift_factor,
             options.ridge,
-            weighting,
+            self.weighting(recipe),
             token_weights,
         )
+
+
+def storage_of(options: Namespace) -> StorageFormat:
+    """The form that ranks are paid for in."""
+    return PIVOTED if options.use_pifa else LOW_RANK
 
 
 def check_budget(options: Namespace, modules: list[Module]) -> None:
     """Refuse what no ranks fit before the profile is made. Raises: UsageError."""
     if options.allocation in ALLOCATIONS:
-        storage = PIVOTED if options.use_pifa else LOW_RANK
-        uniform(Budget(modules, options.density, storage))
+        uniform(Budget(modules, options.density, storage_of(options)))
     if options.attn_ratio is not None:
         mlp_density(modules, options.density, 1 - options.attn_ratio)
 
@@ -176,11 +178,15 @@ def profile_for(
         "thinning": thinning,
         "draft": draft and draft.identity,
     }
+    parts = None
+    if options.prune == AUTO:
+        settings["narrow"] = True
+        parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
     hashed = files.hash_of(settings)
     given = options.profiling_mat_path and options.profiling_mat_path + (draft.suffix if draft else "")
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None
-    profiling = Profiling(rows, means.device, options.seed, shrinkages, means.batch, layers, thinning)
+    profiling = Profiling(rows, means.device, options.seed, shrinkages, means.batch, layers, thinning, parts)
     profile = None
     for turn in range(means.team.size):  # the first process makes it, the others read it, one after the other
         if turn == means.team.rank:
@@ -231,7 +237,7 @@ def draft_of(
     identity = {
         "profile": planner.profile.identity,
         "plan": plan,
-        "recipe": asdict(recipe),
+        "recipe": as_json(recipe),
         "prune": planner.options.prune,
         "step": planner.options.reconstruct_step,
         "ridge": planner.options.ridge,
@@ -308,8 +314,7 @@ def work_of(options: Namespace, modules: list[Module], flows: Flows, processes: 
     """What each of so many processes does, as the flags ask for it, with ranks as uniform allocation gives them."""
     recipe = recipe_of(options)
     solver = make_solver(options.prune, options.reconstruct_step, recipe.old_output_factor, recipe.drift_factor)
-    storage = PIVOTED if options.use_pifa else LOW_RANK
-    ranks = uniform(Budget(modules, options.density, storage))
+    ranks = uniform(Budget(modules, options.density, storage_of(options)))
     length = flows.windows.shape[1]
     profiles = options.allocation in PROFILED or recipe.output_shrinkage is not None or recipe.token_power
     two = solver.needs_low_rank_flow

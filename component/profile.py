@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from component.linalg import packed, unpacked
 from component.moments import add_product, full_precision
-from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment
+from component.parts import Parts
+from component.reduction import channel_curve, head_curve
+from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
 from utils import checkpoint as files
 from utils.errors import RunError
 from utils.layers import (
@@ -47,7 +49,7 @@ class Profiling:
     shrinkages: of the output weightings that truncation may use, None for none; each has loss curves of its own.
     batch: windows that go through a layer at once. layers: decoder layers that take the place of the model's own, of
     which only the weights are then looked at; their linears may be of any kind. thinning: moments and curves are of
-    every so-many-th token.
+    every so-many-th token. parts: of each layer, where losses of narrower blocks are wanted too.
     """
 
     windows: Tensor
@@ -57,6 +59,7 @@ class Profiling:
     batch: int = 1
     layers: Sequence[nn.Module] | None = None
     thinning: int = 1
+    parts: Sequence[Parts] | None = None
 
 
 class Sensitivity(NamedTuple):
@@ -68,12 +71,15 @@ class Sensitivity(NamedTuple):
 
 class LayerProfile(NamedTuple):
     """Of one decoder layer: its linears by full name; by the first of each group, how much every token matters to it,
-    (windows, length) float32 with mean 1; the share of outlier weights; the influence of the block."""
+    (windows, length) float32 with mean 1; the share of outlier weights; the influence of the block; by the projection
+    behind attention and behind the MLP, the expected KL per token at each number of channels that are left before it,
+    (shrinkages, n + 1) float64, where that is wanted."""
 
     linears: dict[str, Sensitivity]
     token_scores: dict[str, Tensor]
     outliers: float
     influence: float
+    channel_curves: dict[str, Tensor]
 
 
 class Profile:
@@ -85,21 +91,29 @@ class Profile:
         self.shrinkages = shrinkages
         self.shard_of: dict[str, str] = {}
         self.loss_curves: dict[str, Tensor] = {}
+        self.channel_curves: dict[str, Tensor] = {}
         self.outliers: list[float] = []
         self.influence: list[float] = []
         for shard in sorted(path.name for path in folder.glob("layer-*.safetensors")):
-            tensors = files.open_shard(folder / shard, lambda name: name == "layer" or name.endswith(".loss_curves"))
+            tensors = files.open_shard(folder / shard, lambda name: name == "layer" or name.endswith("_curves"))
             outliers, influence = tensors["layer"].tolist()
             self.outliers.append(outliers)
             self.influence.append(influence)
             for name in (name for name in names if f"{name}.loss_curves" in tensors):
                 self.shard_of[name] = shard
                 self.loss_curves[name] = tensors[f"{name}.loss_curves"]
+                if f"{name}.channel_curves" in tensors:
+                    self.channel_curves[name] = tensors[f"{name}.channel_curves"]
 
     def curves(self, shrinkage: float | None) -> dict[str, list[float]]:
         """By module, the expected loss at every rank where truncation weighs output errors with this shrinkage."""
         row = self.shrinkages.index(shrinkage)
         return {name: curves[row].tolist() for name, curves in self.loss_curves.items()}
+
+    def narrow_curves(self, shrinkage: float | None) -> dict[str, list[float]]:
+        """The same at every number of channels, by the projection that reads them."""
+        row = self.shrinkages.index(shrinkage)
+        return {name: curves[row].tolist() for name, curves in self.channel_curves.items()}
 
     def token_scores(self, name: str) -> Tensor:
         """(windows, length) float32 of the group whose first linear this is."""
@@ -135,6 +149,7 @@ def make_profile(
                     if weighted:  # large, and of use to the weighting alone; bfloat16 is finer than its sampling noise
                         tensors[f"{name}.output_gram"] = packed(sensitivity.output_gram).bfloat16()
                 tensors.update({f"{name}.token_scores": scores for name, scores in measured.token_scores.items()})
+                tensors.update({f"{name}.channel_curves": found for name, found in measured.channel_curves.items()})
                 writer.write(files.layer_shard(index), tensors)
             writer.seal({"kind": "profile", "windows": list(profiling.windows.shape)})
     return Profile(folder, identity, names, profiling.shrinkages)
@@ -179,11 +194,13 @@ def profile_layers(
             seen = _Seen(names, profiling)
             gradient = _backward(wide, seen, states.pop(), gradient, kwargs, profiling)
             linears = dict(_sensitivities(weights, seen, profiling.shrinkages))
+            parts = profiling.parts[index] if profiling.parts else None
+            narrow = dict(_narrow_curves(parts, weights, seen, profiling.shrinkages)) if parts else {}
         norms = {first: gram.diagonal().sqrt() for first, gram in seen.input_grams.items()}
         shared = [(weights[name], norms[group[0]]) for group in names.groups for name in group]
         outliers = outlier_share([weight for weight, _ in shared], [norm for _, norm in shared])
         scores = {f"{names.name}.{group[0]}": seen.token_scores(group, windows) for group in names.groups}
-        yield index, LayerProfile(linears, scores, outliers, influence[index])
+        yield index, LayerProfile(linears, scores, outliers, influence[index], narrow)
 
 
 class _Seen:
@@ -302,3 +319,20 @@ def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[fl
                 gram = seen.input_grams[group[0]]
                 curves.append(loss_curve(weights[name], gram, inputs, gradients, moment, full_name))
             yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())
+
+
+def _narrow_curves(part: Parts, weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[float | None, ...]):
+    for name in (part.output, part.down):
+        full_name = f"{seen.described.name}.{name}"
+        first = next(group[0] for group in seen.described.groups if name in group)
+        inputs, gradients = seen.sample(name)
+        tokens = sum(map(len, seen.norms[name])) // seen.thinning
+        curves = []
+        for shrinkage in shrinkages:
+            weighting = None if shrinkage is None else output_weighting(seen.output_grams[name], shrinkage, full_name)
+            given = weights[name], seen.input_grams[first], inputs, gradients, weighting
+            if name == part.down:
+                curves.append(channel_curve(*given, tokens, full_name))
+            else:
+                curves.append(head_curve(*given, part.query_heads, part.heads, full_name))
+        yield full_name, torch.stack(curves).cpu()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from component import integration
-from component.folder import loader_files, rest_of
+from component.folder import is_narrow, loader_files, rest_of
 from component.gptq import Quantized, gptq, refit, round_to_nearest
 from component.lockstep import lockstep
 from component.moments import add_product, full_precision
@@ -134,6 +134,10 @@ def find_factors(options: Namespace) -> Checkpoint:
         source = files.read_checkpoint(options.model_path)
     if source.kind == "quantized":
         raise UsageError(f"{source.folder} is quantized already: --mode quantize takes {source.record['source']}")
+    if is_narrow(source.layers):
+        raise UsageError(
+            f"{source.folder} has linears with fewer channels (--prune flatllm or auto), and --mode quantize packs none"
+        )
     if all(entry["kind"] == "dense" for entry in source.layers.values()):
         raise UsageError(f"{source.folder} has no factors to quantize: all its linears are dense")
     return source

@@ -2,8 +2,8 @@
 
 Linears that share an input become one product (q, k, v and gate, up), pivots and dense rows stacked, with the few
 coefficient products after it. Outputs stay in the order in which they are computed; the kernel that comes next reads
-each from its place. The KV cache is static, and a decode step is one CUDA graph. Dense, low-rank and pivoted linears
-run side by side, through the same kernels.
+each from its place. The KV cache is static, and a decode step is one CUDA graph. Dense, low-rank, pivoted and narrower
+linears run side by side, through the same kernels. Narrower values have zeros in the cache.
 """
 
 from collections.abc import Callable

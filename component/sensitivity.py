@@ -61,9 +61,16 @@ def loss_curve(
         target = factor.T @ weight.double()
         directions = torch.linalg.eigh(target @ right @ target.T).eigenvectors.flip(1)
     u = torch.linalg.solve_triangular(factor.T, directions, upper=True)
-    scores = (near.float() @ u.float()) * (far.float() @ (target.T @ directions).float())  # (tokens, k)
+    return loss_of_dropping((near.float() @ u.float()) * (far.float() @ (target.T @ directions).float()))
+
+
+def loss_of_dropping(scores: Tensor) -> Tensor:
+    """Expected KL per token of dropping all components from j on: (k + 1,) float64.
+
+    scores: (tokens, k), of each component g_t . (what it adds to y_t).
+    """
     dropped = scores.double().flip(1).cumsum(1).flip(1)  # (tokens, k): the sum over all components from j on
-    curve = dropped.square().sum(0) / (2 * len(inputs))
+    curve = dropped.square().sum(0) / (2 * len(scores))
     return torch.cat([curve, curve.new_zeros(1)])
 
 

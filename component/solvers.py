@@ -11,7 +11,8 @@ from component.whitening import plain_factors, scaled_factors, whitened_factors
 
 FACTORING = ("svd-llm", "svd", "asvd")
 NARROWING = "flatllm"  # whole channels go, and no factors are made (narrowing.py)
-PRUNERS = (*FACTORING, NARROWING)
+AUTO = "auto"  # per block the better of svd-llm's factors with exact M and fewer channels (mixing.py)
+PRUNERS = (*FACTORING, NARROWING, AUTO)
 EXACT = None  # --reconstruct_step left out
 PLAIN = {"drift_factor": 0.0, "output_shrinkage": 1.0, "token_power": 0.0}  # the papers' methods have none of these
 TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of exact M, chosen on held-out text
@@ -21,6 +22,7 @@ TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of
 class Solver:
     """solve(weight, moments, rank, name) -> u, v in float64, and which moments it reads.
 
+    target(weight, moments) -> Y_t X_u^T, what a reconstruction aims at; None where there is none.
     token_weights: name -> (windows, length), how much each token counts in the two-flow moments of a group of linears,
     named by its first; None where all count the same.
     """
@@ -32,6 +34,7 @@ class Solver:
     needs_drift: bool = False
     needs_dense_magnitude: bool = False
     token_weights: Callable[[str], Tensor] | None = None
+    target: Callable[[Tensor, Moments], Tensor] | None = None
 
     @property
     def needs_dense_flow(self) -> bool:
@@ -45,7 +48,7 @@ class Solver:
 
 def default_step(prune: str) -> int | None:
     """The exact minimiser ignores the factors it starts from: it is svd-llm's default, and not of svd or asvd."""
-    return EXACT if prune == "svd-llm" else 0
+    return EXACT if prune in ("svd-llm", AUTO) else 0
 
 
 def _no_factors(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
@@ -61,8 +64,8 @@ def make_solver(
     weighting: Callable[[str], Tensor] | None = None,
     token_weights: Callable[[str], Tensor] | None = None,
 ) -> Solver:
-    """prune: one of FACTORING gives the factors, and NARROWING only names the moments it reads; step: None exact M,
-    0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
+    """prune: one of FACTORING gives the factors, AUTO those of svd-llm, and NARROWING only names the moments it reads;
+    step: None exact M, 0 none, 1 U, 2 U then V, -1 V; mix_ratio: lambda.
 
     drift_ratio: rho; ridge: mu of the exact solver; weighting: module name -> L_g, on any device, for the exact solver
     only; token_weights: see Solver.
@@ -106,4 +109,5 @@ def make_solver(
         needs_cross=mix_ratio > 0,
         needs_drift=drift_ratio > 0,
         token_weights=token_weights,
+        target=target_of,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from component.budget import Plan
+from component.budget import Channels, Plan
 from component.linear import LowRankLinear
 from component.lockstep import Stop, lockstep
 from component.moments import Moments, add_magnitude, add_product, full_precision
@@ -113,7 +113,7 @@ def compress_layers(
                 if before is not None and low_rank_states is not None:
                     before.copy_(low_rank_states)
                 flow_states = dense_states, low_rank_states
-                (narrowing or _solve_layer)(
+                (narrowing or solve_layer)(
                     dense, small, names, ranks, solver, flows, flow_states, kwargs, dtype, team, first
                 )
                 if refinement and before is not None and low_rank_states is not None:
@@ -126,7 +126,7 @@ def compress_layers(
         yield index, small
 
 
-def _solve_layer(
+def solve_layer(
     dense: nn.Module,
     small: nn.Module,
     described: DecoderLayer,
@@ -138,11 +138,15 @@ def _solve_layer(
     dtype: torch.dtype,
     team: Team,
     first: int,
+    narrow: Callable[[nn.Module, str, int, Moments], dict[str, nn.Module]] | None = None,
 ) -> None:
     """Replace the linears of `small`, a copy of `dense`, and the hidden states of both flows by the layers' outputs.
 
-    first: number of the window that this process's states begin with.
+    first: number of the window that this process's states begin with. narrow: what takes a linear of which `ranks`
+    says channels, given the moments of its input; it may put a stand-in for the passes that wait before it, and
+    returns what belongs into the layer once they are through, by name.
     """
+    finished: dict[str, nn.Module] = {}
     groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
     batches = [[] if flow is None else list(flow.split(flows.batch)) for flow in states]
@@ -161,14 +165,21 @@ def _solve_layer(
             mine = [name for number, name in enumerate(group) if number % team.size == team.rank]
             for name in mine:
                 rank = ranks[name]
-                if rank is not None:
+                if narrow and isinstance(rank, Channels):
+                    finished |= narrow(small, name, rank, moments)
+                elif rank is not None:
                     found[name] = _solved(small, name, rank, solver, moments, f"{described.name}.{name}")
             for number, name in enumerate(group):
-                if ranks[name] is not None:
+                if ranks[name] is not None and not isinstance(ranks[name], Channels):
                     _replace(small, name, team.factors(found.get(name), number % team.size, device), dtype)
-        for passes, parts in zip((dense_flow, flow), batches, strict=True):
+        # what has gone through a stand-in is not what the finished layer gives, to the last bit
+        for passes, parts in zip((dense_flow, flow), batches[:1] if finished else batches, strict=False):
             for part, output in zip(parts, passes.outputs(), strict=True):
                 part.copy_(output)
+    for name, module in finished.items():
+        small.set_submodule(name, module)
+    if finished and states[1] is not None:
+        advance(small, states[1], kwargs, flows.batch)
 
 
 def _refine(

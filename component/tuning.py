@@ -38,7 +38,10 @@ VALUES: dict[str, tuple[float | None, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """The constants that can be chosen: those of the solver, then those of the allocation."""
+    """The constants that can be chosen: those of the solver, then those of the allocation.
+
+    form: with --prune auto, what is made; see auto_planner.py.
+    """
 
     old_output_factor: float
     drift_factor: float
@@ -46,6 +49,7 @@ class Recipe:
     token_power: float
     rank_floor: float
     attention_density: float | None = None
+    form: str | None = None
 
 
 def tunable(options: Namespace) -> list[str]:
@@ -74,12 +78,12 @@ def candidates(start: Recipe, names: Sequence[str], count: int) -> list[Recipe]:
 
 
 def choose(
-    start: Recipe, attention: Sequence[float], names: Sequence[str], count: int, judge: Callable[[Recipe], float]
+    start: Recipe, kinds: Sequence[Recipe], names: Sequence[str], count: int, judge: Callable[[Recipe], float]
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe of least held-out perplexity, and all that were judged, in order, each with its `heldout_ppl`.
 
-    attention: attention densities to choose from first, if any. Then `count` candidates around the better one, none
-    where that is 0. Where there is one possibility it is taken unseen; of equals the earlier one is.
+    kinds: what to choose from first in place of the start, if anything. Then `count` candidates around the best one,
+    none where that is 0. Where there is one possibility it is taken unseen; of equals the earlier one is.
     """
     judged: dict[Recipe, float] = {}
 
@@ -87,15 +91,24 @@ def choose(
         for recipe in recipes:
             if recipe not in judged:
                 judged[recipe] = judge(recipe)
-                said = ", ".join(f"{name} {value:g}" for name, value in asdict(recipe).items() if value is not None)
-                log.info("held-out perplexity %.4f: %s", judged[recipe], said)
+                log.info("held-out perplexity %.4f: %s", judged[recipe], ", ".join(_said(recipe)))
         return min(recipes, key=judged.__getitem__)
 
-    types = [replace(start, attention_density=density) for density in attention] or [start]
-    start = best(types) if len(types) > 1 else types[0]
+    start = best(list(kinds)) if len(kinds) > 1 else [*kinds, start][0]
     if count:
         start = best(candidates(start, names, count))
-    return start, [{**asdict(recipe), "heldout_ppl": ppl} for recipe, ppl in judged.items()]
+    return start, [{**as_json(recipe), "heldout_ppl": ppl} for recipe, ppl in judged.items()]
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe by name; its form only where it has one."""
+    return {name: value for name, value in asdict(recipe).items() if (name, value) != ("form", None)}
+
+
+def _said(recipe: Recipe) -> list[str]:
+    constants = asdict(recipe)
+    form = constants.pop("form")
+    return [form] * bool(form) + [f"{name} {value:g}" for name, value in constants.items() if value is not None]
 
 
 @torch.no_grad()

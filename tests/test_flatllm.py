@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import PIFA
+from component.cost import PIVOTED
 from component.flatllm import (
     absorb_bases,
     compensated,
@@ -20,11 +21,12 @@ from component.flatllm import (
     project_values,
     value_moment,
 )
-from component.folder import stored_pivoted
+from component.folder import stored_as
 from component.importance import block_influence, read_influence, write_influence
 from component.importance import run as run_bi
 from component.narrow import PaddedHeads, PickedHeads
-from component.narrowing import Narrowing, narrow_entries, narrow_plan, parts_of
+from component.narrowing import Narrowing, narrow_entries, narrow_plan
+from component.parts import parts_of
 from component.planner import modules_of
 from component.solvers import make_solver
 from component.streaming import Flows, compress_layers
@@ -171,7 +173,7 @@ def test_plans_spend_the_density_and_no_more(family, density):
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
     plan = narrow_plan(modules, described, parts, density, [0.4, 0.1])
     entries = narrow_entries(modules, described, parts, plan)
-    stored = sum(map(stored_pivoted, entries.values())) / sum(module.numbers for module in modules)
+    stored = sum(stored_as(entry, PIVOTED) for entry in entries.values()) / sum(module.numbers for module in modules)
     assert density - 0.02 < stored <= density
     first, last = (plan[f"{layer.name}.{part.down}"] for layer, part in zip(described, parts, strict=True))
     assert (first or parts[0].channels) > last
@@ -189,7 +191,7 @@ def test_a_density_below_what_stays_dense_is_refused():
 def test_other_layers_are_refused(family):
     model = tiny.build(family)
     described = describe_layers(model)[0]
-    with pytest.raises(UsageError, match="flatllm needs layers with v_proj"):
+    with pytest.raises(UsageError, match="flatllm and auto need layers with v_proj"):
         parts_of(model.get_submodule(described.name), described)
 
 

@@ -98,12 +98,13 @@ def test_adapters_on_the_factors(kind, targets, request):
     base = loaded(folder)
     expected = logits(base)
     linears = [name for name, module in base.named_modules() if isinstance(module, LowRankLinear | PIFALinear)]
+    torch.manual_seed(0)  # A is random
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=16, target_modules=targets))
     assert tiny.relative(logits(model), expected) < 1e-6
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert len(trained) == 2 * 2 * len(linears)  # A and B, for two factors of each
 
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.01)
     losses = []
     for _ in range(3):
         loss = model(PROMPT, labels=PROMPT).loss

@@ -54,3 +54,9 @@ def test_every_row_of_the_ablation_differs_from_the_default():
     options = [{**vars(parsed(flags)), "command": ""} for flags in quality.ABLATION.values()]
     assert all(sum(row[key] != options[0][key] for key in row) == 1 for row in options[1:])
     assert PLAIN.keys() == TUNED.keys() == set(CONSTANTS)
+
+
+def test_forms_are_named_by_their_flags():
+    options = {name: parsed(flags) for name, flags in quality.FORMS.items()}
+    assert [one.prune for one in options.values()] == ["svd-llm", "svd-llm", "svd-llm", "flatllm", "auto"]
+    assert [one.allocation for one in options.values()] == ["uniform", "uniform", "kl", "iprs", "kl"]

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from component import runner_kernels as kernels
 from component.linear import LowRankLinear, PIFALinear
+from component.narrow import PaddedHeads, PickedHeads
 from component.runner import LeanModel
 from component.runner_stack import Stack
 from tests import tiny
@@ -19,6 +21,8 @@ KINDS = {
     "low-rank": ["lowrank"],
     "pivoted": ["pifa"],
     "mixed": ["pifa", "dense", "lowrank", "pifa"],
+    "narrow": ["narrow", "dense"],
+    "narrow beside factors": ["narrow", "pifa", "lowrank", "dense"],
 }
 
 
@@ -32,12 +36,41 @@ def pivoted(linear: nn.Linear, rank: int, seed: int, identity: bool = False) -> 
     return PIFALinear.from_pivots(pivots / d_in**0.5, coefficients / rank**0.5, perm, linear.bias, linear.weight.dtype)
 
 
+def narrowed(model: nn.Module, width: int, channels: int) -> Any:
+    """Values and outputs with so many channels a head, the MLP with so many in all: random, but for the biases."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        like = {"dtype": attention.v_proj.weight.dtype}
+        groups, size = model.config.num_key_value_heads, attention.head_dim
+        for name, kind, heads in (
+            ("v_proj", PaddedHeads, groups), ("o_proj", PickedHeads, model.config.num_attention_heads)
+        ):  # fmt: skip
+            old = getattr(attention, name)
+            new = kind(old.in_features, old.out_features, heads, width, old.bias is not None, **like)
+            new.weight.data = tiny.rand(*new.weight.shape, seed=heads).to(**like) / old.in_features**0.5
+            if old.bias is not None:
+                kept = old.bias.view(heads, size)[:, :width].flatten() if name == "v_proj" else old.bias
+                new.bias.data = kept.clone()
+            setattr(attention, name, new.requires_grad_(False))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            old = getattr(mlp, name)
+            weight = old.weight[:, :channels] if name == "down_proj" else old.weight[:channels]
+            new = nn.Linear(weight.shape[1], weight.shape[0], old.bias is not None, **like).requires_grad_(False)
+            new.weight.copy_(weight)
+            if old.bias is not None:
+                new.bias.copy_(old.bias[: len(new.bias)])
+            setattr(mlp, name, new)
+    return model
+
+
 def compressed(model: nn.Module, kinds: list[str]) -> Any:
-    """Each decoder linear as one of `kinds` in turn, at ranks that are not round."""
+    """Each decoder linear as one of `kinds` in turn, at ranks that are not round; narrow ones all at once."""
+    if "narrow" in kinds:
+        model = narrowed(model, 11, 77)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
     for i, name in enumerate(names):
         linear = model.get_submodule(name)
-        rank, kind = min(linear.weight.shape) // 2 + i % 3, kinds[i % len(kinds)]
+        rank, kind = min(linear.weight.shape) // 2 + i % 3, kinds[i % len(kinds)]  # narrow: as it is by now
         if kind == "pifa":
             model.set_submodule(name, pivoted(linear, rank, seed=i))
         elif kind == "lowrank":
@@ -85,6 +118,29 @@ def test_what_a_config_may_change(changes):
     tokens = tiny.token_windows(2, 9)
     expected = reference(model, tokens)
     assert torch.equal(LeanModel.from_transformers(model, 2, 32).generate(tokens, NEW), expected)
+
+
+def test_biases_of_narrow_heads():
+    model = narrowed(tiny.build("llama-gqa", attention_bias=True, mlp_bias=True), 5, 30)
+    tokens = tiny.token_windows(2, 9)
+    expected = reference(model, tokens)
+    assert torch.equal(LeanModel.from_transformers(model, 2, 32).generate(tokens, NEW), expected)
+
+
+@pytest.mark.parametrize("width", [1, 8, 16])
+def test_narrow_heads_end_in_a_column_of_zeros(width):
+    """Whether or not alignment leaves a row of zeros behind them."""
+    padded = PaddedHeads(16, 32, 2, width, bias=False)
+    padded.weight.data = tiny.rand(2 * width, 16).float()
+    stack, x = Stack([nn.Linear(16, 16, bias=False), padded.requires_grad_(False)]), tiny.rand(3, 16, seed=1).float()
+    expected = padded(x)
+    found = kernels.in_order(stack(x, kernels.Scratch.on(x.device)), stack.layout)[:, 16:]
+    assert torch.equal(found == 0, expected == 0) and torch.allclose(found, expected, atol=1e-6)
+
+
+def test_picked_heads_share_no_input():
+    with pytest.raises(UsageError, match="which this runner does not do"):
+        Stack([PickedHeads(16, 16, 2, 3), nn.Linear(16, 16)])
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -253,7 +253,8 @@ def test_small_profiles_keep_every_token(windows, thinning, monkeypatch):
     made = []
     monkeypatch.setattr(component.planner, "MOMENT_TOKENS", 2 * WINDOWS.shape[1])
     monkeypatch.setattr(component.planner, "make_profile", lambda *given: made.append(given[4]))
-    options = Namespace(allocation="kl", profile_nsamples=windows, model="m", seed=1, profiling_mat_path="profile")
+    said = {"prune": "svd-llm", "allocation": "kl", "model": "m", "seed": 1, "profiling_mat_path": "profile"}
+    options = Namespace(profile_nsamples=windows, **said)
     job = Namespace(options=options, windows=WINDOWS, identity={"weights": ""}, source=None)
     profile_for(job, None, [], [Recipe(0.25, 0.5, None, 0.5, 0.3)], Means(CPU, 1, None))
     assert [profiling.thinning for profiling in made] == [thinning]

@@ -102,6 +102,10 @@ def test_constants_without_effect_are_not_tunable(step, allocation, names):
     assert tunable(Namespace(reconstruct_step=step, allocation=allocation)) == names
 
 
+def with_attention(density: float) -> Recipe:
+    return replace(START, attention_density=density)
+
+
 def test_the_best_is_taken_and_each_recipe_judged_once():
     asked = []
 
@@ -109,7 +113,7 @@ def test_the_best_is_taken_and_each_recipe_judged_once():
         asked.append(recipe)
         return 10 + abs(recipe.attention_density - 0.4) + abs(recipe.drift_factor - 0.5) + recipe.old_output_factor
 
-    recipe, tuned = choose(START, [0.5, 0.4], NAMES[:2], 99, judge)
+    recipe, tuned = choose(START, [with_attention(0.5), with_attention(0.4)], NAMES[:2], 99, judge)
     assert (recipe.attention_density, recipe.drift_factor, recipe.old_output_factor) == (0.4, 0.5, 0.125)
     assert len(set(asked)) == len(asked) == len(tuned)
     assert [entry["heldout_ppl"] for entry in tuned] == [judge(one) for one in list(asked)]
@@ -120,7 +124,7 @@ def test_the_best_is_taken_and_each_recipe_judged_once():
 def test_of_equals_the_first_is_taken_and_nothing_is_judged_where_nothing_is_open():
     assert choose(START, [], NAMES, 4, lambda recipe: 1.0)[0] == START
     assert choose(START, [], NAMES, 0, pytest.fail) == (START, [])
-    assert choose(START, [0.5], NAMES, 0, pytest.fail) == (replace(START, attention_density=0.5), [])
+    assert choose(START, [with_attention(0.5)], NAMES, 0, pytest.fail) == (with_attention(0.5), [])
 
 
 # ---------------------------------------------------------------- through the front door

@@ -2,7 +2,8 @@
 
 Parts: densities (the default at six densities, through the front door's own commands), allocations (every allocation
 with the same solver), ablation (the default less one of its ingredients at a time, and plus what is off by default),
-refined (the separate tier of --refine_steps). All but the first compress in memory and write nothing but the profile.
+refined (the separate tier of --refine_steps), forms (factors, fewer channels, and the better of them by block). All
+but the first compress in memory and write nothing but the profile.
 Every row is judged on the test text and on one of another domain, Python's language reference, windows of the same
 length from both; no choice looks at either.
 """
@@ -14,15 +15,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import PIFA
 from component.allocation import ALLOCATIONS
+from component.auto_planner import planner_of
 from component.compress import BATCH_TOKENS
-from component.cost import PIVOTED
+from component.folder import stored_as
 from component.job import Job, prepare
-from component.planner import Means, Planner, attention_densities, modules_of, planner_for, recipe_of
+from component.planner import Means, modules_of, recipe_of, storage_of
 from component.streaming import Flows, Refinement, compress_layers
 from component.tuning import Recipe, choose, held_out_perplexity, window_losses
 from utils import data, models
@@ -42,6 +45,14 @@ ABLATION = {
     "ten times the ridge": ["--ridge", "0.01"],
     "ranks in multiples of 32": ["--rank_multiple", "32"],
     "a second pass": ["--passes", "2"],
+}
+
+FORMS = {
+    "W": ["--prune", "svd-llm", "--reconstruct_step", "0", "--no-use_pifa"],
+    "MPIFA, uniform": ["--reconstruct_step", "2"],
+    "default": [],
+    "flatllm": ["--prune", "flatllm"],
+    "auto": ["--prune", "auto"],
 }
 
 
@@ -79,16 +90,15 @@ class Bench:
         recipes = [replace(start, output_shrinkage=shrinkage) for shrinkage in (0.1, None)]
         began = time.perf_counter()
         means = Means(self.device, self.batch, HeldLayers(self.model))
-        planner = planner_for(job, self.model, self.described, self.modules, start, recipes, means)
+        planner = planner_of(job, self.model, self.described, self.modules, start, recipes, means)
         profiled = time.perf_counter()
-        densities = attention_densities(job.options, self.modules)
-        recipe, tuned = choose(start, densities, [], 0, lambda one: self.held_out(job, planner, one))
+        recipe, tuned = choose(start, planner.kinds(start), [], 0, lambda one: self.held_out(job, planner, one))
         chosen = time.perf_counter()
-        plan = planner.plan(recipe)
         both = torch.cat(self.windows)
         losses = window_losses(self.model, self.layers(job, planner, recipe), both, self.device, self.batch)
         parts = losses.split([len(windows) for windows in self.windows])
-        numbers = sum(PIVOTED.stored(plan[m.name], m.d_out, m.d_in) for m in self.modules)
+        storage, entries = storage_of(job.options), planner.entries(planner.plan(recipe))
+        numbers = sum(stored_as(entry, storage) for entry in entries.values())
         return {
             "flags": flags,
             "density": numbers / sum(m.numbers for m in self.modules),
@@ -99,7 +109,7 @@ class Bench:
             "tuned": tuned,
         }
 
-    def layers(self, job: Job, planner: Planner, recipe: Recipe) -> Iterator:
+    def layers(self, job: Job, planner: Any, recipe: Recipe) -> Iterator:
         options = job.options
         flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, self.batch)
         steps = options.refine_steps
@@ -111,10 +121,11 @@ class Bench:
             flows,
             self.device,
             torch.float32,
+            narrowing=planner.narrowing(recipe),
             refinement=Refinement(steps, recipe.drift_factor, options.seed) if steps else None,
         )
 
-    def held_out(self, job: Job, planner: Planner, recipe: Recipe) -> float:
+    def held_out(self, job: Job, planner: Any, recipe: Recipe) -> float:
         layers = self.layers(job, planner, recipe)
         return held_out_perplexity(self.model, layers, job.held_out, self.device, self.batch)
 
@@ -171,9 +182,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--calibration", required=True, help="text file, such as WikiText-2 validation")
     parser.add_argument("--test", required=True, help="text file, such as WikiText-2 test")
-    parser.add_argument("--part", required=True, choices=["densities", "allocations", "ablation", "refined"])
+    parser.add_argument("--part", required=True, choices=["densities", "allocations", "ablation", "refined", "forms"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--densities", nargs="+")
+    parser.add_argument("--rows", nargs="+", help="only these rows of the part")
     parser.add_argument("--nsamples", default="64")
     parser.add_argument("--model_seq_len", default="2048")
     parser.add_argument("--eval_nsamples", type=int, help="of each text the first N windows only")
@@ -191,6 +203,8 @@ def main() -> None:
             named += [(name, density, flags_of(name, density)) for name in names]
         elif options.part == "ablation":
             named += [(name, density, ["--density", density, *flags]) for name, flags in ABLATION.items()]
+        elif options.part == "forms":
+            named += [(name, density, ["--density", density, *flags]) for name, flags in FORMS.items()]
         else:
             named += [("refined", density, ["--density", density, "--refine_steps", options.refine_steps])]
     if options.part == "densities":
@@ -198,6 +212,8 @@ def main() -> None:
     else:
         rows = []
         for name, density, flags in named:
+            if options.rows and name not in options.rows:
+                continue
             rows.append({"name": name, "asked": density, **bench.row(flags)})
             print(json.dumps(rows[-1]), flush=True)
     if options.json:
