@@ -17,8 +17,7 @@ from component.parallel import Team
 from component.parts import Parts
 from component.reduction import channel_order, head_bases, head_blocks, head_metric, narrow_output, weighted
 from component.solvers import Solver
-from component.streaming import Flows, solve_layer
-from utils.layers import DecoderLayer
+from component.streaming import Flows, LayerAtWork, solve_layer
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,19 @@ class Mixing:
 
     def __call__(
         self,
-        dense: nn.Module,
-        small: nn.Module,
-        described: DecoderLayer,
+        layer: LayerAtWork,
         plan: Mapping[str, int | None],
         solver: Solver,
         flows: Flows,
-        states: tuple[Tensor, Tensor | None],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype,
         team: Team,
-        first: int,
     ) -> None:
         """See `solve_layer`; plan: rank or channels of each linear of the layer."""
-        part = self.parts[described.name]
+        name = layer.described.name
+        part = self.parts[name]
         behind = part.output, part.down
         ranks = {name: None if isinstance(n, Channels) and name not in behind else n for name, n in plan.items()}
-        narrow = partial(self._narrow, described.name, part, solver, dtype)
-        solve_layer(dense, small, described, ranks, solver, flows, states, kwargs, dtype, team, first, narrow)
+        narrow = partial(self._narrow, name, part, solver, layer.dtype)
+        solve_layer(layer, ranks, solver, flows, team, narrow)
 
     def _narrow(
         self, layer_name: str, part: Parts, solver: Solver, dtype: torch.dtype,

@@ -28,7 +28,7 @@ from component.parallel import Team
 from component.parts import Parts
 from component.reconstruction import target_moment
 from component.solvers import Solver
-from component.streaming import Flows, add_moments
+from component.streaming import Flows, LayerAtWork, add_moments
 from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer
 
@@ -89,22 +89,17 @@ class Narrowing:
 
     def __call__(
         self,
-        dense: nn.Module,
-        small: nn.Module,
-        described: DecoderLayer,
+        layer: LayerAtWork,
         widths: Mapping[str, int | None],
         solver: Solver,
         flows: Flows,
-        states: tuple[Tensor, Tensor | None],
-        kwargs: dict[str, Any],
-        dtype: torch.dtype,
         _team: Team,
-        first: int,
     ) -> None:
-        """Narrow the linears of `small`, a copy of `dense`, and replace the states of both flows by the outputs.
+        """Narrow the linears of the small layer, and replace the states of both flows by the outputs.
 
         The MLP sees what the narrow attention writes.
         """
+        dense, small, described, states, kwargs, dtype, first = layer
         part = self.parts[described.name]
         width, kept = widths[part.value], widths[part.down]
         stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}

@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def compress_layers(
     it is then not solved again, and the flows go through it. dtype: of the new layers' weights. refinement: of solved
     layers, where both flows run. source: of the dense layers, where the model itself does not hold them. shelf:
     for the hidden states. team: the processes that share the windows and the solving; all of them yield all layers.
-    narrowing: what changes a layer in place of the solving of its groups (narrowing.py), with the same arguments.
+    narrowing: what changes a layer in place of `solve_layer`, with the same arguments (narrowing.py, mixing.py).
 
     Raises: RunError naming the module where a moment or a factor is not finite.
     """
@@ -113,9 +113,9 @@ def compress_layers(
                 if before is not None and low_rank_states is not None:
                     before.copy_(low_rank_states)
                 flow_states = dense_states, low_rank_states
-                (narrowing or solve_layer)(
-                    dense, small, names, ranks, solver, flows, flow_states, kwargs, dtype, team, first
-                )
+                layer = LayerAtWork(dense, small, names, flow_states, kwargs, dtype, first)
+                (narrowing or solve_layer)(layer, ranks, solver, flows, team)
+                del layer  # the next one needs its room
                 if refinement and before is not None and low_rank_states is not None:
                     states = dense_states, before, low_rank_states
                     _refine(dense, small, refinement, states, kwargs, flows.batch, names.name)
@@ -126,26 +126,37 @@ def compress_layers(
         yield index, small
 
 
+class LayerAtWork(NamedTuple):
+    """A decoder layer between the two flows. small: the copy of `dense` that changes; dtype: of what is new in it.
+
+    states: hidden states before it in the dense and the low-rank flow, None where the latter is not needed, which
+    become those behind it; keywords: of its forward pass. first: number of the window that this process's states begin
+    with.
+    """
+
+    dense: nn.Module
+    small: nn.Module
+    described: DecoderLayer
+    states: tuple[Tensor, Tensor | None]
+    keywords: dict[str, Any]
+    dtype: torch.dtype
+    first: int
+
+
 def solve_layer(
-    dense: nn.Module,
-    small: nn.Module,
-    described: DecoderLayer,
+    layer: LayerAtWork,
     ranks: Mapping[str, int | None],
     solver: Solver,
     flows: Flows,
-    states: tuple[Tensor, Tensor | None],
-    kwargs: dict[str, Any],
-    dtype: torch.dtype,
     team: Team,
-    first: int,
     narrow: Callable[[nn.Module, str, int, Moments], dict[str, nn.Module]] | None = None,
 ) -> None:
-    """Replace the linears of `small`, a copy of `dense`, and the hidden states of both flows by the layers' outputs.
+    """Replace the linears of the small layer, and the hidden states of both flows by the layers' outputs.
 
-    first: number of the window that this process's states begin with. narrow: what takes a linear of which `ranks`
-    says channels, given the moments of its input; it may put a stand-in for the passes that wait before it, and
-    returns what belongs into the layer once they are through, by name.
+    narrow: what takes a linear of which `ranks` says channels, given the moments of its input; it may put a stand-in
+    for the passes that wait before it, and returns what belongs into the layer once they are through, by name.
     """
+    dense, small, described, states, kwargs, dtype, first = layer
     finished: dict[str, nn.Module] = {}
     groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
