@@ -15,6 +15,8 @@ from utils.errors import RunError
 
 METHODS = ("gptq", "rtn")
 DAMPING = 0.01  # of the Hessian, in its mean diagonal
+METRIC_DAMPING = 1e-6  # of the mean diagonal: a second factor may lack directions
+ROUNDS = 8  # of rows; after each the others make up for its errors
 BLOCK = 128  # columns whose errors reach the columns behind them in one product
 LEAST_SCALE = 2.0**-24  # float16 knows no smaller number
 
@@ -73,6 +75,31 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, act_order:
             codes[:, number] = code
         left[:, end:] -= errors @ feedback[start:end, end:]
     return Quantized(codes.byte(), scales.half(), zeros.byte())
+
+
+def gptq_together(
+    weight: Tensor, hessian: Tensor, metric: Tensor, bits: int, group_size: int, act_order: bool, what: str
+) -> Quantized:
+    """GPTQ of rows whose errors meet again, as those of a first factor do in the second: lowers tr(M E H E^T).
+
+    An eighth of the rows at a time are quantized as by `gptq`, and those still to come make up for their errors as the
+    columns do there: W_rest -= M_rest,rest^-1 M_rest,done E_done. Rows that count most come first.
+
+    weight: (m, n); metric: M (m, m), positive semidefinite; the rest as for `gptq`.
+    """
+    metric, left = metric.double().clone(), weight.double().clone()
+    metric.diagonal().add_(METRIC_DAMPING * metric.diagonal().mean() + torch.finfo(metric.dtype).tiny)
+    order = metric.diagonal().argsort(descending=True, stable=True)
+    parts: list[Quantized] = []
+    size = max(1, -(-len(order) // ROUNDS))
+    for start in range(0, len(order), size):
+        now, rest = order[start : start + size], order[start + size :]
+        parts.append(gptq(left[now], hessian, bits, group_size, act_order, what))
+        errors = parts[-1].dequantized(group_size) - left[now]
+        if len(rest):
+            left[rest] -= torch.linalg.solve(metric[rest][:, rest], metric[rest][:, now] @ errors)
+    back = order.argsort()
+    return Quantized(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
 
 def refit(outer: Tensor, inner: Tensor, rounded: Tensor, gram: Tensor, what: str) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from component import integration
 from component.folder import is_narrow, loader_files, rest_of
-from component.gptq import Quantized, gptq, refit, round_to_nearest
+from component.gptq import Quantized, gptq, gptq_together, refit, round_to_nearest
 from component.lockstep import lockstep
 from component.moments import add_product, full_precision
 from component.packed import PackedLinear
@@ -256,7 +256,10 @@ def _replace(layer: nn.Module, name: str, recipe: Recipe, gram: Tensor | None, w
         return
     first, second = integration.FACTORS["pifa" if hasattr(linear, "pivot") else "lowrank"]
     inner, outer = getattr(linear, first), getattr(linear, second)
-    rounded = quantized(inner, inner.weight, recipe, gram, f"{what}.{first}")
+    metric = outer.weight.double().T @ outer.weight.double()  # in which errors of the first factor reach the output
+    if first == "pivot":
+        metric += torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    rounded = quantized(inner, inner.weight, recipe, gram, f"{what}.{first}", metric)
     weight = outer.weight
     if gram is not None:
         q = rounded.dequantized(torch.float32).double()
@@ -266,11 +269,18 @@ def _replace(layer: nn.Module, name: str, recipe: Recipe, gram: Tensor | None, w
     setattr(linear, second, quantized(outer, weight, recipe, gram, f"{what}.{second}"))
 
 
-def quantized(linear: nn.Linear, weight: Tensor, recipe: Recipe, gram: Tensor | None, what: str) -> PackedLinear:
-    """The linear with `weight`, (d_out, d_in), rounded for inputs of this Gram matrix, or by itself."""
+def quantized(
+    linear: nn.Linear, weight: Tensor, recipe: Recipe, gram: Tensor | None, what: str, metric: Tensor | None = None
+) -> PackedLinear:
+    """The linear with `weight`, (d_out, d_in), rounded for inputs of this Gram matrix, or by itself.
+
+    metric: (d_out, d_out), in which the errors of its outputs count; None where each counts alike.
+    """
     rounding: Callable[..., Quantized] = round_to_nearest
     if gram is not None:
         rounding = partial(gptq, hessian=gram, act_order=recipe.act_order)
+        if metric is not None:
+            rounding = partial(gptq_together, hessian=gram, metric=metric, act_order=recipe.act_order)
     result = rounding(weight, bits=recipe.bits, group_size=recipe.group_size, what=what)
     return packed(result, recipe, linear.bias, linear.weight.dtype)
 
