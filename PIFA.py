@@ -194,6 +194,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="gptq takes columns with the largest inputs first",
     )
+    add(
+        "--integer_share",
+        type=float,
+        default=0.32,
+        help="of the linears' float16 bytes, at most: factors that suffer most become one matrix; 0: none do",
+    )
 
     exporting = parser.add_argument_group("how (export)")
     exporting.add_argument("--format", default="transformers", help="a dense folder (transformers), or a gguf file")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from component.linalg import damped_cholesky, raised_diagonal, solve_right
+from component.linalg import damped_cholesky, raised_diagonal
 from utils.errors import RunError
 
 METHODS = ("gptq", "rtn")
@@ -19,6 +19,25 @@ METRIC_DAMPING = 1e-6  # of the mean diagonal: a second factor may lack directio
 ROUNDS = 8  # of rows; after each the others make up for its errors
 BLOCK = 128  # columns whose errors reach the columns behind them in one product
 LEAST_SCALE = 2.0**-24  # float16 knows no smaller number
+
+
+class Grid(NamedTuple):
+    """What weights are rounded to. bits: of an integer; group_size: columns that share a scale and a zero; act_order:
+    whether GPTQ takes the columns with the largest inputs first.
+    """
+
+    bits: int
+    group_size: int
+    act_order: bool = True
+
+
+class Feedback(NamedTuple):
+    """How columns make up for each other's errors, for one Hessian. order: (n,), the columns as they come; factor:
+    (n, n) upper triangular, row i says how the error of the i-th of them spreads over those behind it.
+    """
+
+    order: Tensor
+    factor: Tensor
 
 
 class Quantized(NamedTuple):
@@ -34,30 +53,26 @@ class Quantized(NamedTuple):
         return (self.codes.double() - zeros) * scales
 
 
-def round_to_nearest(weight: Tensor, bits: int, group_size: int, what: str) -> Quantized:
+def round_to_nearest(weight: Tensor, grid: Grid, what: str) -> Quantized:
     """Every weight by itself. weight: (m, n). Raises: RunError naming `what` where a scale is beyond float16."""
     weight = weight.double()
-    scales, zeros = _grids(weight, bits, group_size, what)
-    scale, zero = (_by_column(t, group_size, weight.shape[1]) for t in (scales, zeros))
-    return Quantized(_codes(weight, scale, zero, bits).byte(), scales.half(), zeros.byte())
+    scales, zeros = _grids(weight, grid, what)
+    scale, zero = (_by_column(t, grid.group_size, weight.shape[1]) for t in (scales, zeros))
+    return Quantized(_codes(weight, scale, zero, grid.bits).byte(), scales.half(), zeros.byte())
 
 
-def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, act_order: bool, what: str) -> Quantized:
+def gptq(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Quantized:
     """Column by column, each one's rounding error made up for by the columns that are still to come.
 
-    Lowers tr(E H E^T), E the error of the weights. weight: (m, n), hessian: (n, n), X X^T of the inputs, in any scale
-    and possibly singular. act_order takes the columns with the largest inputs first; scales are then those of the
-    weights as given, and otherwise of the weights as they are when their group's turn comes.
+    Lowers tr(E H E^T), E the error of the weights and H what `feedback` is of. weight: (m, n). With act_order scales
+    are those of the weights as given, and otherwise of the weights as they are when their group's turn comes.
 
-    Raises: RunError naming `what` where the Hessian is not finite or a scale is beyond float16.
+    Raises: RunError naming `what` where a scale is beyond float16.
     """
-    weight, width = weight.double(), weight.shape[1]
-    order = torch.arange(width, device=weight.device)
-    if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    feedback = _inverse_factor(hessian.double()[order][:, order], what)
+    (bits, group_size, act_order), weight, width = grid, weight.double(), weight.shape[1]
+    order, factor = feedback
     left = weight[:, order]
-    scales, zeros = _grids(weight, bits, group_size, what)
+    scales, zeros = _grids(weight, grid, what)
     codes = torch.empty_like(weight)
     # a block holds whole groups: where a group begins, its columns have had all the feedback there is
     block = group_size * max(1, BLOCK // group_size)
@@ -66,20 +81,18 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, act_order:
         part, errors = left[:, start:end], torch.empty_like(left[:, start:end])
         for offset, (number, group) in enumerate(zip(*_places(order[start:end], group_size), strict=True)):
             if not act_order and number % group_size == 0:
-                scales[:, group], zeros[:, group] = _grid(part[:, offset : offset + group_size], bits, what)
+                scales[:, group], zeros[:, group] = _fitted(part[:, offset : offset + group_size], bits, what)
             scale, zero = scales[:, group], zeros[:, group]
-            column, row = part[:, offset], feedback[start + offset, start:end]
+            column, row = part[:, offset], factor[start + offset, start:end]
             code = _codes(column, scale, zero, bits)
             errors[:, offset] = (column - scale * (code - zero)) / row[offset]
             part[:, offset:] -= errors[:, offset, None] * row[offset:]
             codes[:, number] = code
-        left[:, end:] -= errors @ feedback[start:end, end:]
+        left[:, end:] -= errors @ factor[start:end, end:]
     return Quantized(codes.byte(), scales.half(), zeros.byte())
 
 
-def gptq_together(
-    weight: Tensor, hessian: Tensor, metric: Tensor, bits: int, group_size: int, act_order: bool, what: str
-) -> Quantized:
+def gptq_together(weight: Tensor, feedback: Feedback, metric: Tensor, grid: Grid, what: str) -> Quantized:
     """GPTQ of rows whose errors meet again, as those of a first factor do in the second: lowers tr(M E H E^T).
 
     An eighth of the rows at a time are quantized as by `gptq`, and those still to come make up for their errors as the
@@ -94,25 +107,34 @@ def gptq_together(
     size = max(1, -(-len(order) // ROUNDS))
     for start in range(0, len(order), size):
         now, rest = order[start : start + size], order[start + size :]
-        parts.append(gptq(left[now], hessian, bits, group_size, act_order, what))
-        errors = parts[-1].dequantized(group_size) - left[now]
+        parts.append(gptq(left[now], feedback, grid, what))
+        errors = parts[-1].dequantized(grid.group_size) - left[now]
         if len(rest):
             left[rest] -= torch.linalg.solve(metric[rest][:, rest], metric[rest][:, now] @ errors)
     back = order.argsort()
     return Quantized(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
 
-def refit(outer: Tensor, inner: Tensor, rounded: Tensor, gram: Tensor, what: str) -> Tensor:
-    """The second factor of a product, once the first one has been rounded: (m, r) float64.
+def expected_losses(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Tensor:
+    """What `gptq` is to leave of tr(E H E^T), for every row: (m,) float64, the damping of H included.
 
-    The C' least in |C' Q X - C P X|^2 + mu |C' - C|^2, with C: (m, r) `outer`, P: (r, n) `inner`, Q: (r, n) `rounded`
-    and gram: (n, n) X X^T; mu is the damping of Q X X^T Q^T.
-
-    Raises: RunError naming `what` where the gram is not finite.
+    The rounding error of a column, before those behind it make up for it, is uniform over a step of the grid: s^2 / 12
+    on average, times the variance of its input that the columns behind it do not explain. Arguments as for `gptq`.
     """
-    outer, inner, rounded, gram = (t.double() for t in (outer, inner, rounded, gram))
-    factor, _ = damped_cholesky(rounded @ gram @ rounded.T, DAMPING, what)
-    return outer + solve_right(outer @ (inner - rounded) @ gram @ rounded.T, factor)
+    scales, _ = _grids(weight.double(), grid, what)
+    steps = _by_column(scales, grid.group_size, weight.shape[1])[:, feedback.order]
+    return (steps / feedback.factor.diagonal()).square().sum(1) / 12
+
+
+def feedback_of(hessian: Tensor, act_order: bool, what: str) -> Feedback:
+    """hessian: (n, n), X X^T of the inputs, in any scale and possibly singular; act_order: the largest inputs first.
+
+    Raises: RunError naming `what` where the Hessian is not finite.
+    """
+    order = torch.arange(len(hessian), device=hessian.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    return Feedback(order, _inverse_factor(hessian.double()[order][:, order], what))
 
 
 def _inverse_factor(hessian: Tensor, what: str) -> Tensor:
@@ -136,14 +158,14 @@ def _by_column(grid: Tensor, group_size: int, width: int) -> Tensor:
     return grid.double().repeat_interleave(group_size, dim=1)[:, :width]
 
 
-def _grids(weight: Tensor, bits: int, group_size: int, what: str) -> tuple[Tensor, Tensor]:
+def _grids(weight: Tensor, grid: Grid, what: str) -> tuple[Tensor, Tensor]:
     """Scales and zeros of all groups, (m, groups) float64 each."""
-    grids = [_grid(group, bits, what) for group in weight.split(group_size, dim=1)]
-    scales, zeros = (torch.stack(parts, dim=1) for parts in zip(*grids, strict=True))
+    fitted = [_fitted(group, grid.bits, what) for group in weight.split(grid.group_size, dim=1)]
+    scales, zeros = (torch.stack(parts, dim=1) for parts in zip(*fitted, strict=True))
     return scales, zeros
 
 
-def _grid(group: Tensor, bits: int, what: str) -> tuple[Tensor, Tensor]:
+def _fitted(group: Tensor, bits: int, what: str) -> tuple[Tensor, Tensor]:
     """The grid from the least to the largest weight of every row, zero included; scales as float16 holds them."""
     low, high = group.amin(dim=1).clamp(max=0), group.amax(dim=1).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=LEAST_SCALE).half().double()

@@ -74,9 +74,13 @@ def made_of(linear: nn.Linear, entry: dict[str, Any]) -> nn.Module:
 
 
 def packed(linear: nn.Module, entry: dict[str, Any]) -> nn.Module:
-    """The layer with packed linears, with nothing in them yet, for its two factors, or for itself where it is dense."""
-    if isinstance(linear, nn.Linear):
-        how = {"device": linear.weight.device, "dtype": linear.weight.dtype, "bias": linear.bias is not None}
+    """The layer with packed linears, with nothing in them yet, for its two factors, or for itself where it is dense.
+
+    Its factors may be one matrix as integers: then the entry calls it dense.
+    """
+    if isinstance(linear, nn.Linear) or entry["kind"] == "dense":
+        like = next(linear.parameters())
+        how = {"device": like.device, "dtype": like.dtype, "bias": linear.bias is not None}
         return PackedLinear(linear.in_features, linear.out_features, entry["bits"], entry["group_size"], **how)
     for factor in FACTORS[entry["kind"]]:
         setattr(linear, factor, packed(getattr(linear, factor), entry))

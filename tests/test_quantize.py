@@ -49,6 +49,38 @@ def test_four_bits_are_a_quarter_of_the_bytes(arguments, pivoted, tmp_path):
     assert record["linear_bytes"] < 0.35 * size  # of float32: an eighth, scales, zeros, and the index as it was
 
 
+def test_factors_become_one_matrix_where_the_share_has_room(arguments, pivoted, tmp_path):
+    """Of the linears' bytes in float16; the folder loads as what was in memory, and its function is that of factors."""
+    names = files.read_checkpoint(pivoted).layers
+    sizes, kinds = [], []
+    for number, share in enumerate((0, 0.45, 10)):
+        command = arguments("quantize", model_path=pivoted, save_path=tmp_path, prefix=number, integer_share=share)
+        record = PIFA.run([*command, "--bits", "8", "--group_size", "16"])
+        entries = files.read_checkpoint(record["path"]).layers
+        kinds.append([name for name in names if entries[name]["kind"] == "dense"])
+        assert kinds[-1] == [name for name in names if name in record["quantization"]["matrices"]]
+        sizes.append(record["linear_bytes"])
+        loaded = AutoModelForCausalLM.from_pretrained(record["path"])
+        assert tiny.relative(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(pivoted))) < 0.05
+    assert kinds[0] == [] and len(kinds[2]) == len(names)
+    assert sizes[0] < sizes[2]
+
+
+def test_what_layers_before_lost_is_made_up_for(arguments, pivoted, tmp_path):
+    """On the text that calibrates: the target of both flows against that of the integers' flow alone."""
+    original = AutoModelForCausalLM.from_pretrained(pivoted)
+    errors = []
+    for ratio in (0, 0.5):
+        given = {"old_output_factor": ratio, "drift_factor": ratio, "reconstruct_nsamples": 32, "integer_share": 0}
+        command = arguments("quantize", model_path=pivoted, save_path=tmp_path, prefix=ratio, **given)
+        loaded = AutoModelForCausalLM.from_pretrained(PIFA.run(command)["path"])
+        windows = tiny.token_windows(8, 16)
+        with torch.no_grad():
+            both = [model.model(windows, use_cache=False).last_hidden_state for model in (loaded, original)]
+        errors.append(tiny.relative(*both))
+    assert errors[1] < errors[0]
+
+
 def test_an_interrupted_run_goes_on(arguments, pivoted, tmp_path, monkeypatch):
     whole = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path / "a"))
     write, written = files.CheckpointWriter.write, []

@@ -1,5 +1,6 @@
 """Models, tokenizers and texts small enough for a test: random weights from a fixed seed, nothing downloaded."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -115,9 +116,10 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: t for shard in sorted(folder.glob("*.safetensors")) for name, t in load_file(shard).items()}
 
 
-def contents(folder: Path, without: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Name -> bytes of every file in a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in without}
+def contents(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Name -> hash of every file in a folder: where two folders differ, a failure says which file and no more."""
+    paths = [path for path in sorted(folder.iterdir()) if path.name not in without]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def edit_json(path: Path, change) -> None:

@@ -1,0 +1,312 @@
+"""The driver of --mode quantize: walks the layers with the float and the integer model's data flow.
+
+True sequential: layer after layer, and in a layer one group of linears with the same input after the other, each with
+the inputs that the model has with everything before it quantized. As in M (reconstruction.py) a module's target mixes
+what it gives in both flows, and those that write into the residual stream repair a share of its drift: so what the
+layers before have lost is made up for, as far as calibration shows it (GPTAQ, arXiv 2504.02692, takes the float flow
+alone as its target).
+"""
+
+import copy
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from component import integration
+from component.folder import rest_of
+from component.forms import Form, Module, merged, packed_bytes
+from component.gptq import Feedback, Grid, Quantized, expected_losses, feedback_of, gptq, round_to_nearest
+from component.gptq_product import expected_loss, refit, round_product
+from component.lockstep import lockstep
+from component.moments import Moments, add_product, full_precision
+from component.packed import PackedLinear
+from component.reconstruction import target_moment
+from component.streaming import advance
+from utils import checkpoint as files
+from utils import packing
+from utils.checkpoint import CheckpointWriter
+from utils.layers import (
+    DecoderLayer,
+    HeldLayers,
+    describe_layers,
+    layer_inputs,
+    map_tensors,
+    run_layer,
+    watching,
+)
+from utils.placement import Shelf
+from utils.residuals import residual_writers
+
+BATCH_TOKENS = 8192  # calibration tokens that go through a layer at once
+
+
+class Recipe(NamedTuple):
+    """How GPTQ rounds. The ratios are those of M's target; share: of their bytes in float16 that the linears may take,
+    what is left of it goes to merging factors (forms.py).
+    """
+
+    grid: Grid
+    mix_ratio: float
+    drift_ratio: float
+    share: float
+
+    def as_json(self) -> dict[str, Any]:
+        ratios = {"old_output_factor": self.mix_ratio, "drift_factor": self.drift_ratio}
+        return {"act_order": self.grid.act_order, **ratios, "integer_share": self.share}
+
+
+class Factors(NamedTuple):
+    """What a factored linear stores, in float64: `inner` sees its input. rows: the outputs in the order of [I; outer]
+    where inner holds pivot rows, None where they are those of `outer` as they stand."""
+
+    inner: Tensor
+    outer: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> "Factors":
+        inner, outer = (getattr(linear, name).weight.double() for name in names_of(linear))
+        perm: Tensor | None = getattr(linear, "perm", None)
+        return cls(inner, outer, None if perm is None else perm.argsort())
+
+    def product(self) -> Tensor:
+        """(d_out, d_in), its rows in the linear's order."""
+        product = self.outer @ self.inner
+        return product if self.rows is None else torch.cat([self.inner, product])[self.rows.argsort()]
+
+
+def names_of(linear: nn.Module) -> tuple[str, str]:
+    """Of the factor that sees the input and the one behind it."""
+    return integration.FACTORS["pifa" if hasattr(linear, "pivot") else "lowrank"]
+
+
+@torch.no_grad()
+def modules_to_merge(
+    model: PreTrainedModel,
+    names: Collection[str],
+    recipe: Recipe,
+    windows: Tensor,
+    device: torch.device,
+    shelf: Shelf,
+) -> set[str]:
+    """Names of the compressed linears whose integers are to be those of one matrix, by one pass of the float model.
+
+    names: of all of them.
+    """
+    held, described = HeldLayers(model), describe_layers(model)
+    states, keywords = layer_inputs(model, windows, lambda size: shelf.room(size, device))
+    batch = max(1, BATCH_TOKENS // windows.shape[1])
+    modules: list[Module] = []
+    limit = 0.0
+    for index, layer_names in enumerate(tqdm(described, desc="forms", unit="layer")):
+        prefix = f"{layer_names.name}."
+        groups = groups_of(layer_names, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+        grams: dict[str, Tensor] = {}
+
+        def see(name: str, x: Tensor, _y: Tensor, grams: dict[str, Tensor] = grams) -> None:
+            grams[name] = add_product(grams.get(name), x, x)
+
+        with held.filled(layer_names.name, device) as layer, full_precision():
+            kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
+            with watching(layer, [group[0] for group in groups], see):
+                advance(layer, states, kwargs, batch)
+            for group in groups:
+                gram = grams[group[0]]
+                feedback = feedback_of(gram, recipe.grid.act_order, f"{prefix}{group[0]}")
+                for name in group:
+                    linear, what = layer.get_submodule(name), f"{prefix}{name}"
+                    modules.append(priced(linear, gram, feedback, recipe.grid, what))
+                    limit += recipe.share * float16_bytes(linear)
+    return merged(modules, int(limit))
+
+
+def priced(linear: nn.Module, gram: Tensor, feedback: Feedback, grid: Grid, what: str) -> Module:
+    """A module in both forms; a dense linear has but one."""
+    if isinstance(linear, nn.Linear):
+        form = Form(0.0, packed_bytes(linear.out_features, linear.in_features, grid))
+        return Module(what, form, form)
+    found = Factors.of(linear)
+    (inner, outer, rows), whole = found, found.product()
+    energy = ((whole @ gram) * whole).sum().item() or 1.0
+    index = 0 if rows is None else 4 * len(rows)
+    factors = Form(
+        expected_loss(inner, outer, gram, feedback, grid, what, rows is not None) / energy,
+        packed_bytes(len(inner), inner.shape[1], grid) + packed_bytes(len(outer), outer.shape[1], grid) + index,
+    )
+    matrix = Form(
+        expected_losses(whole, feedback, grid, what).sum().item() / energy,
+        packed_bytes(len(whole), whole.shape[1], grid),
+    )
+    return Module(what, factors, matrix)
+
+
+def float16_bytes(linear: nn.Module) -> int:
+    """Of the linear's matrix or factors with their index, biases left out."""
+    weights = [tensor for name, tensor in linear.named_parameters() if name.rpartition(".")[2] != "bias"]
+    return 2 * sum(t.numel() for t in weights) + sum(4 * t.numel() for t in linear.buffers())
+
+
+@torch.no_grad()
+def quantize_model(
+    model: PreTrainedModel,
+    entries: dict[str, dict[str, Any]],
+    recipe: Recipe,
+    windows: Tensor | None,
+    writer: CheckpointWriter,
+    device: torch.device,
+    shelf: Shelf | None = None,
+) -> None:
+    """Replace the model's linears, in place, and write every shard that is not there yet.
+
+    entries: `layers` of the quantization config as it will be; windows: of calibration, (count, length) int64; without
+    them no data goes through the model.
+    """
+    held, described, shelf = HeldLayers(model), describe_layers(model), shelf or Shelf()
+    flows: tuple[Tensor, Tensor] | None = None
+    keywords: list[dict[str, Any]] = []
+    batch = 0
+    if windows is not None:
+        batch = max(1, BATCH_TOKENS // windows.shape[1])
+        states, keywords = layer_inputs(model, windows, lambda size: shelf.room(2 * size, device))
+        copied = shelf.room(2 * states.nbytes, device)(states.shape, states.dtype).copy_(states)
+        flows = states, copied
+    for index, names in enumerate(tqdm(described, desc="quantize", unit="layer")):
+        shard, prefix = files.layer_shard(index), f"{names.name}."
+        here = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        with held.filled(names.name, device) as layer, full_precision():
+            done = writer.finished(shard)
+            if flows is None:
+                if not done:
+                    for name in here:
+                        _round_to_nearest(layer, name, recipe.grid, f"{prefix}{name}")
+            else:
+                kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
+                original = copy.deepcopy(layer)
+                if not done:
+                    _quantize_layer((original, layer), names, here, recipe, flows, kwargs, batch)
+            if done:
+                stored = files.open_shard(writer.folder / shard)
+                for name, entry in here.items():
+                    layer.set_submodule(name, integration.packed(layer.get_submodule(name), entry))
+                layer.load_state_dict({key.removeprefix(prefix): t for key, t in stored.items()})
+                if flows is not None and index + 1 < len(described):
+                    advance(original, flows[0], kwargs, batch)
+                    advance(layer, flows[1], kwargs, batch)
+        if not done:
+            writer.write(shard, {f"{prefix}{key}": t for key, t in layer.state_dict().items()})
+    if not writer.finished(files.REST):
+        writer.write(files.REST, rest_of(model, described))
+
+
+def _quantize_layer(
+    layers: tuple[nn.Module, nn.Module],
+    described: DecoderLayer,
+    entries: dict[str, dict[str, Any]],
+    recipe: Recipe,
+    flows: tuple[Tensor, Tensor],
+    kwargs: dict[str, Any],
+    batch: int,
+) -> None:
+    """Replace the second layer's linears, and the hidden states of both flows by what the two layers then give.
+
+    layers: the float layer, and the copy of it that changes; entries: of its linears, by name in the layer.
+    """
+    original, layer = layers
+    groups = groups_of(described, entries)
+    probe = flows[0][:1].to(next(layer.parameters()).device)
+    streams = residual_writers(original, probe, lambda module: run_layer(module, probe, kwargs), list(entries))
+    stops = {group[0]: streams.get(group[0]) for group in groups}
+    parts = [list(states.split(batch)) for states in flows]
+    with (
+        lockstep(original, stops, parts[0], kwargs) as float_flow,
+        lockstep(layer, stops, parts[1], kwargs) as flow,
+    ):
+        for group in groups:
+            moments = Moments()
+            for before, now in zip(float_flow.at(group[0]), flow.at(group[0]), strict=True):
+                moments.gram = add_product(moments.gram, now.x, now.x)
+                moments.cross = add_product(moments.cross, before.x, now.x)
+                if before.stream is not None and now.stream is not None:
+                    moments.drift = add_product(moments.drift, before.stream - now.stream, now.x)
+            assert moments.gram is not None
+            feedback = feedback_of(moments.gram, recipe.grid.act_order, f"{described.name}.{group[0]}")
+            for name in group:
+                _quantize(layer, name, entries[name], recipe, moments, feedback, f"{described.name}.{name}")
+        for passes, states in zip((float_flow, flow), parts, strict=True):
+            for part, output in zip(states, passes.outputs(), strict=True):
+                part.copy_(output)
+
+
+def groups_of(described: DecoderLayer, names: Collection[str]) -> list[list[str]]:
+    """Compressed linears of a layer that share an input, in call order.
+
+    described: of the layer whose nn.Linear are factors; the ones that see another factor's output lead no group.
+    """
+    groups = []
+    first = {inner for inner, _ in integration.FACTORS.values()}
+    for group in described.groups:
+        linears = []
+        for name in group:
+            owner, _, factor = name.rpartition(".")
+            if name in names:
+                linears.append(name)
+            elif owner in names and factor in first:
+                linears.append(owner)
+        if linears:
+            groups.append(linears)
+    return groups
+
+
+def _quantize(
+    layer: nn.Module,
+    name: str,
+    entry: dict[str, Any],
+    recipe: Recipe,
+    moments: Moments,
+    feedback: Feedback,
+    what: str,
+) -> None:
+    """GPTQ of a linear, in the form that its entry says. moments: of its input in both flows; feedback: of the gram."""
+    linear, grid, gram = layer.get_submodule(name), recipe.grid, moments.gram
+    assert gram is not None
+    factors, weight = None, linear.weight
+    if not isinstance(linear, nn.Linear):
+        factors = Factors.of(linear)
+        weight = factors.product()
+    assert isinstance(weight, Tensor)
+    target = target_moment(weight, gram, moments.cross, recipe.mix_ratio, moments.drift, recipe.drift_ratio)
+    if factors is None or entry["kind"] == "dense":
+        result = gptq(refit(weight, target, gram, what), feedback, grid, what)
+        layer.set_submodule(name, _packed(result, grid, linear))
+        return
+    inner, outer, rows = factors
+    ordered = target if rows is None else target[rows]
+    _put(linear, round_product(inner, outer, ordered, gram, feedback, grid, what, rows is not None), grid)
+
+
+def _round_to_nearest(layer: nn.Module, name: str, grid: Grid, what: str) -> None:
+    linear = layer.get_submodule(name)
+    if isinstance(linear, nn.Linear):
+        layer.set_submodule(name, _packed(round_to_nearest(linear.weight, grid, what), grid, linear))
+        return
+    inner, outer, _ = Factors.of(linear)
+    first, second = (round_to_nearest(factor, grid, what) for factor in (inner, outer))
+    _put(linear, (first, second), grid)
+
+
+def _put(linear: nn.Module, factors: tuple[Quantized, Quantized], grid: Grid) -> None:
+    for name, result in zip(names_of(linear), factors, strict=True):
+        setattr(linear, name, _packed(result, grid, getattr(linear, name)))
+
+
+def _packed(result: Quantized, grid: Grid, like: nn.Module) -> PackedLinear:
+    """like: what had these weights, for its bias and its dtype."""
+    codes, zeros = packing.pack_rows(result.codes, grid.bits), packing.pack_columns(result.zeros, grid.bits)
+    shape = result.codes.shape[0], result.codes.shape[1]
+    bias: Any = like.bias
+    dtype = next(like.parameters()).dtype
+    return PackedLinear.from_packed(codes, result.scales, zeros, shape, grid.bits, grid.group_size, bias, dtype)
