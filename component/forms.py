@@ -1,57 +1,51 @@
-"""Integers for a product's two factors, or for the one matrix that they multiply to: which modules take the latter.
+"""What the integers of a factored module are of: its two factors, or the one matrix that they multiply to.
 
 Coefficients sum outputs of many pivots that nearly cancel, so a module in 4 bits can lose several times what its dense
-matrix loses there, and that matrix is not much larger than both factors: at rank r it has d_out d_in numbers for
-r (d_in + d_out - r). Under a limit on all bytes the modules are merged that save most of their loss per byte.
+matrix loses there. That matrix is not much larger than both factors (d_out d_in numbers for r (d_in + d_out - r)), and
+where pivots are many the coefficients are few, so that 8 bits for them cost little. Under a limit on all bytes those
+modules get more that save most of their loss per byte.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from component.gptq import Grid
 
+# both factors at the bits asked for; the one applied last in WIDE bits; the product of both
+FACTORS, WIDE_OUTER, MATRIX = "factors", "wide_outer", "matrix"
+WIDE = 8
 WORD = 4  # bytes
 SHAPE = 16  # bytes of weight_shape
 
 
 class Form(NamedTuple):
-    """loss: expected error of the module's outputs, of their energy; size: bytes."""
+    """kind: one of the above; loss: expected error of the module's outputs, of their energy; size: bytes."""
 
+    kind: str
     loss: float
     size: int
 
 
-class Module(NamedTuple):
-    """A module and the two forms that its integers can take."""
+def chosen(modules: Mapping[str, Sequence[Form]], limit: int) -> dict[str, str]:
+    """The kind of every module's form, sizes adding up to at most `limit` bytes, or to the least that they can.
 
-    name: str
-    factors: Form
-    matrix: Form
-
-    @property
-    def saved(self) -> float:
-        return self.factors.loss - self.matrix.loss
-
-    @property
-    def added(self) -> int:
-        return self.matrix.size - self.factors.size
-
-
-def merged(modules: Iterable[Module], limit: int) -> set[str]:
-    """Names of the modules to store as one matrix, so that the sizes of all come to at most `limit` bytes.
-
-    They are taken in the order of loss saved per byte added; one for which there is no room any more is passed over.
-    Where not even all factors as they are have room, only those merge that become smaller.
+    Each begins with its smallest form. Then the change that saves most loss per byte is made, of those that still have
+    room, again and again.
     """
-    modules = list(modules)
-    room = limit - sum(module.factors.size for module in modules)
-    names = set()
-    worthwhile = [module for module in modules if module.saved > 0]
-    for module in sorted(worthwhile, key=lambda m: m.saved / m.added if m.added > 0 else float("inf"), reverse=True):
-        if module.added <= max(room, 0):
-            names.add(module.name)
-            room -= module.added
-    return names
+    now = {name: min(forms, key=lambda form: (form.size, form.loss)) for name, forms in modules.items()}
+    room = limit - sum(form.size for form in now.values())
+    while True:
+        changes = [
+            ((now[name].loss - form.loss) / (form.size - now[name].size), name, form)
+            for name, forms in modules.items()
+            for form in forms
+            if form.loss < now[name].loss and form.size - now[name].size <= room
+        ]
+        if not changes:
+            return {name: form.kind for name, form in now.items()}
+        _, name, form = max(changes, key=lambda change: change[0])
+        room -= form.size - now[name].size
+        now[name] = form
 
 
 def packed_bytes(rows: int, columns: int, grid: Grid) -> int:

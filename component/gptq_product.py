@@ -26,7 +26,7 @@ def round_product(
     target: Tensor,
     gram: Tensor,
     feedback: Feedback,
-    grid: Grid,
+    grids: tuple[Grid, Grid],
     what: str,
     pivots: bool,
 ) -> tuple[Quantized, Quantized]:
@@ -36,7 +36,7 @@ def round_product(
     reach the output; then C is moved to that for the rounded P, and rounded. The best of the sweeps is taken.
 
     inner: P (r, n); outer: C (m, r), without the rows of the pivots; target: Y X^T, of all rows of O; gram: X X^T
-    (n, n), float64; feedback: of gram.
+    (n, n), float64; feedback: of gram; grids: of P and of C.
 
     Raises: RunError naming `what` where a moment is not finite or a scale is beyond float16.
     """
@@ -46,12 +46,12 @@ def round_product(
     for _ in range(SWEEPS):
         whole = torch.cat([identity, outer])
         moved = refit_inner(inner, whole, target, gram, what)
-        first = gptq_together(moved, feedback, whole.T @ whole, grid, f"{what}, first factor")
-        rounded = first.dequantized(grid.group_size)
+        first = gptq_together(moved, feedback, whole.T @ whole, grids[0], f"{what}, first factor")
+        rounded = first.dequantized(grids[0].group_size)
         outer = refit_outer(outer, rounded, target[len(identity) :], gram, what)
-        behind = feedback_of(rounded @ gram @ rounded.T, grid.act_order, what)
-        second = gptq(outer, behind, grid, f"{what}, second factor")
-        outer = second.dequantized(grid.group_size)
+        behind = feedback_of(rounded @ gram @ rounded.T, grids[1].act_order, what)
+        second = gptq(outer, behind, grids[1], f"{what}, second factor")
+        outer = second.dequantized(grids[1].group_size)
         product = torch.cat([rounded, outer @ rounded]) if pivots else outer @ rounded
         found.append((((product @ gram - 2 * target) * product).sum().item(), first, second))
     _, first, second = min(found, key=lambda sweep: sweep[0])
@@ -87,7 +87,13 @@ def refit(weight: Tensor, target: Tensor, gram: Tensor, what: str) -> Tensor:
 
 
 def expected_loss(
-    inner: Tensor, outer: Tensor, gram: Tensor, feedback: Feedback, grid: Grid, what: str, pivots: bool
+    inner: Tensor,
+    outer: Tensor,
+    gram: Tensor,
+    feedback: Feedback,
+    grids: tuple[Grid, Grid],
+    what: str,
+    pivots: bool,
 ) -> float:
     """What one sweep of `round_product` is to leave of |O P X - Y|^2, from the grids alone: see `expected_losses`."""
     inner, outer, rank = inner.double(), outer.double(), len(inner)
@@ -95,6 +101,6 @@ def expected_loss(
     # of every row's error, what the rows behind it can't make up for
     order, factor = feedback_of(metric, True, what)
     counts = factor.diagonal()[order.argsort()].square().reciprocal()
-    first = expected_losses(inner, feedback, grid, what) @ counts
-    behind = feedback_of(inner @ gram @ inner.T, grid.act_order, what)
-    return (first + expected_losses(outer, behind, grid, what).sum()).item()
+    first = expected_losses(inner, feedback, grids[0], what) @ counts
+    behind = feedback_of(inner @ gram @ inner.T, grids[1].act_order, what)
+    return (first + expected_losses(outer, behind, grids[1], what).sum()).item()

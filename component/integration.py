@@ -36,7 +36,8 @@ class PIFAConfig(QuantizationConfigMixin):
     layers: full module name -> {"kind": "lowrank" | "pifa" | "dense", "rank": int, "in_features", "out_features"},
     and where the checkpoint is folded "folded": ["inputs"] or ["outputs"], the side on which the linear's channels
     stand in the order of pivots that come before or here. A pivoted linear with such outputs has nothing to reorder.
-    With "bits" and "group_size" its factors, or the dense linear itself, are packed integers (packed.py).
+    With "bits" and "group_size" its factors, or the dense linear itself, are packed integers (packed.py); "outer_bits"
+    are those of the factor that is applied last, where it has others.
     Kinds "narrow_out" and "narrow_in" have "heads" and "width" in place of a rank: how many channels of each head are
     stored (narrow.py). A dense linear may have "kept_out" or "kept_in", where fewer channels are left than the family's
     config says. Features are those of the dense model everywhere.
@@ -74,16 +75,16 @@ def made_of(linear: nn.Linear, entry: dict[str, Any]) -> nn.Module:
 
 
 def packed(linear: nn.Module, entry: dict[str, Any]) -> nn.Module:
-    """The layer with packed linears, with nothing in them yet, for its two factors, or for itself where it is dense.
-
-    Its factors may be one matrix as integers: then the entry calls it dense.
+    """The layer with packed linears, with nothing in them yet, for its two factors, or one for all of it where its
+    entry is dense: as integers factors may have become one matrix.
     """
-    if isinstance(linear, nn.Linear) or entry["kind"] == "dense":
+    if entry["kind"] == "dense":
         like = next(linear.parameters())
         how = {"device": like.device, "dtype": like.dtype, "bias": linear.bias is not None}
         return PackedLinear(linear.in_features, linear.out_features, entry["bits"], entry["group_size"], **how)
-    for factor in FACTORS[entry["kind"]]:
-        setattr(linear, factor, packed(getattr(linear, factor), entry))
+    inner, outer = FACTORS[entry["kind"]]
+    for factor, bits in ((inner, entry["bits"]), (outer, entry.get("outer_bits", entry["bits"]))):
+        setattr(linear, factor, packed(getattr(linear, factor), {**entry, "kind": "dense", "bits": bits}))
     return linear
 
 

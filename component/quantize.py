@@ -5,7 +5,7 @@ Embeddings, norms and head stay as they are. quantizer.py walks the layers, gptq
 
 import logging
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from component.folder import is_narrow, loader_files
+from component.forms import MATRIX, WIDE, WIDE_OUTER
 from component.gptq import Grid
-from component.quantizer import Recipe, modules_to_merge, quantize_model
+from component.quantizer import Recipe, forms_of, quantize_model
 from utils import checkpoint as files
 from utils import data, models, packing, report
 from utils.checkpoint import Checkpoint, CheckpointWriter
@@ -67,14 +68,13 @@ def run(options: Namespace) -> dict[str, Any]:
         limit = options.host_memory
         shelf = Shelf(None if limit is None else int(limit * report.GIB), folder.parent)
         windows = calibration.windows if calibration else None
-        matrices = writer.settled
-        if matrices is None:
-            found = set()
-            if windows is not None:
-                found = modules_to_merge(model, source.layers, recipe, windows, watch.device, shelf)
-            matrices = {"matrices": sorted(found)}
-            writer.settle(matrices)
-        entries = entries_of(source, matrices["matrices"], grid)
+        settled = writer.settled
+        if settled is None:
+            settled = {"forms": {}}
+            if windows is not None and recipe.share:
+                settled["forms"] = forms_of(model, source.layers, recipe, windows, watch.device, shelf)
+            writer.settle(settled)
+        entries = entries_of(source, settled["forms"], grid)
         quantize_model(model, entries, recipe, windows, writer, watch.device, shelf)
         config = {**source.config, "dtype": dtype}
         config["quantization_config"] = {**source.config["quantization_config"], "layers": entries}
@@ -89,7 +89,7 @@ def run(options: Namespace) -> dict[str, Any]:
                 "source": str(source.folder),
                 "path": str(folder),
                 "dtype": dtype,
-                "quantization": {**quantization, **matrices},
+                "quantization": {**quantization, **settled},
                 "bits": grid.bits,
                 "density": counts.density,
                 "density_model": counts.density_model,
@@ -104,13 +104,16 @@ def run(options: Namespace) -> dict[str, Any]:
         )
 
 
-def entries_of(source: Checkpoint, matrices: Collection[str], grid: Grid) -> dict[str, dict[str, Any]]:
-    """`layers` of the quantization config. matrices: linears whose factors become one matrix."""
+def entries_of(source: Checkpoint, forms: Mapping[str, str], grid: Grid) -> dict[str, dict[str, Any]]:
+    """`layers` of the quantization config. forms: kinds of forms.py, by linear; factors where it says nothing."""
     entries = {}
     for name, entry in source.layers.items():
-        if name in matrices:
+        form = forms.get(name)
+        if form == MATRIX:
             entry = {"kind": "dense", **{side: entry[side] for side in ("in_features", "out_features")}}
         entries[name] = {**entry, "bits": grid.bits, "group_size": grid.group_size}
+        if form == WIDE_OUTER:
+            entries[name]["outer_bits"] = WIDE
     return entries
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from component import integration
 from component.folder import rest_of
-from component.forms import Form, Module, merged, packed_bytes
+from component.forms import FACTORS, MATRIX, WIDE, WIDE_OUTER, Form, chosen, packed_bytes
 from component.gptq import Feedback, Grid, Quantized, expected_losses, feedback_of, gptq, round_to_nearest
 from component.gptq_product import expected_loss, refit, round_product
 from component.lockstep import lockstep
@@ -46,7 +46,7 @@ BATCH_TOKENS = 8192  # calibration tokens that go through a layer at once
 
 class Recipe(NamedTuple):
     """How GPTQ rounds. The ratios are those of M's target; share: of their bytes in float16 that the linears may take,
-    what is left of it goes to merging factors (forms.py).
+    where the factors alone take less it is spent as forms.py says.
     """
 
     grid: Grid
@@ -85,22 +85,22 @@ def names_of(linear: nn.Module) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def modules_to_merge(
+def forms_of(
     model: PreTrainedModel,
     names: Collection[str],
     recipe: Recipe,
     windows: Tensor,
     device: torch.device,
     shelf: Shelf,
-) -> set[str]:
-    """Names of the compressed linears whose integers are to be those of one matrix, by one pass of the float model.
+) -> dict[str, str]:
+    """Compressed linear -> the kind of form that its integers are to have, by one pass of the float model.
 
     names: of all of them.
     """
     held, described = HeldLayers(model), describe_layers(model)
     states, keywords = layer_inputs(model, windows, lambda size: shelf.room(size, device))
     batch = max(1, BATCH_TOKENS // windows.shape[1])
-    modules: list[Module] = []
+    modules: dict[str, list[Form]] = {}
     limit = 0.0
     for index, layer_names in enumerate(tqdm(described, desc="forms", unit="layer")):
         prefix = f"{layer_names.name}."
@@ -119,29 +119,28 @@ def modules_to_merge(
                 feedback = feedback_of(gram, recipe.grid.act_order, f"{prefix}{group[0]}")
                 for name in group:
                     linear, what = layer.get_submodule(name), f"{prefix}{name}"
-                    modules.append(priced(linear, gram, feedback, recipe.grid, what))
+                    modules[what] = priced(linear, gram, feedback, recipe.grid, what)
                     limit += recipe.share * float16_bytes(linear)
-    return merged(modules, int(limit))
+    return chosen(modules, int(limit))
 
 
-def priced(linear: nn.Module, gram: Tensor, feedback: Feedback, grid: Grid, what: str) -> Module:
-    """A module in both forms; a dense linear has but one."""
+def priced(linear: nn.Module, gram: Tensor, feedback: Feedback, grid: Grid, what: str) -> list[Form]:
+    """The forms that a module's integers can have. A dense linear has but one, and what it loses does not matter."""
     if isinstance(linear, nn.Linear):
-        form = Form(0.0, packed_bytes(linear.out_features, linear.in_features, grid))
-        return Module(what, form, form)
-    found = Factors.of(linear)
-    (inner, outer, rows), whole = found, found.product()
-    energy = ((whole @ gram) * whole).sum().item() or 1.0
+        return [Form(MATRIX, 0.0, packed_bytes(linear.out_features, linear.in_features, grid))]
+    factors = Factors.of(linear)
+    (inner, outer, rows), whole = factors, factors.product()
     index = 0 if rows is None else 4 * len(rows)
-    factors = Form(
-        expected_loss(inner, outer, gram, feedback, grid, what, rows is not None) / energy,
-        packed_bytes(len(inner), inner.shape[1], grid) + packed_bytes(len(outer), outer.shape[1], grid) + index,
-    )
-    matrix = Form(
-        expected_losses(whole, feedback, grid, what).sum().item() / energy,
-        packed_bytes(len(whole), whole.shape[1], grid),
-    )
-    return Module(what, factors, matrix)
+    loss = expected_losses(whole, feedback, grid, what).sum().item()
+    forms = [Form(MATRIX, loss, packed_bytes(len(whole), whole.shape[1], grid))]
+    for kind, bits in ((FACTORS, grid.bits), (WIDE_OUTER, WIDE)):
+        if kind == FACTORS or bits > grid.bits:
+            grids = grid, grid._replace(bits=bits)
+            sizes = (packed_bytes(len(t), t.shape[1], g) for t, g in zip((inner, outer), grids, strict=True))
+            loss = expected_loss(inner, outer, gram, feedback, grids, what, rows is not None)
+            forms.append(Form(kind, loss, sum(sizes) + index))
+    energy = ((whole @ gram) * whole).sum().item() or 1.0
+    return [form._replace(loss=form.loss / energy) for form in forms]
 
 
 def float16_bytes(linear: nn.Module) -> int:
@@ -285,7 +284,8 @@ def _quantize(
         return
     inner, outer, rows = factors
     ordered = target if rows is None else target[rows]
-    _put(linear, round_product(inner, outer, ordered, gram, feedback, grid, what, rows is not None), grid)
+    grids = grid, grid._replace(bits=entry.get("outer_bits", grid.bits))
+    _put(linear, round_product(inner, outer, ordered, gram, feedback, grids, what, rows is not None), grids)
 
 
 def _round_to_nearest(layer: nn.Module, name: str, grid: Grid, what: str) -> None:
@@ -295,11 +295,11 @@ def _round_to_nearest(layer: nn.Module, name: str, grid: Grid, what: str) -> Non
         return
     inner, outer, _ = Factors.of(linear)
     first, second = (round_to_nearest(factor, grid, what) for factor in (inner, outer))
-    _put(linear, (first, second), grid)
+    _put(linear, (first, second), (grid, grid))
 
 
-def _put(linear: nn.Module, factors: tuple[Quantized, Quantized], grid: Grid) -> None:
-    for name, result in zip(names_of(linear), factors, strict=True):
+def _put(linear: nn.Module, factors: tuple[Quantized, Quantized], grids: tuple[Grid, Grid]) -> None:
+    for name, result, grid in zip(names_of(linear), factors, grids, strict=True):
         setattr(linear, name, _packed(result, grid, getattr(linear, name)))
 
 

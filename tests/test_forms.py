@@ -1,37 +1,46 @@
-"""component/forms.py: which modules are merged under a limit of bytes."""
+"""component/forms.py: what modules are stored as under a limit of bytes."""
 
 import pytest
 import torch
 
-from component.forms import Form, Module, merged, packed_bytes
+from component.forms import FACTORS, MATRIX, WIDE_OUTER, Form, chosen, packed_bytes
 from component.gptq import Grid
 from component.packed import PackedLinear
 
-DEAR = Module("dear", Form(0.4, 100), Form(0.1, 130))  # 0.01 a byte
-CHEAP = Module("cheap", Form(0.3, 100), Form(0.1, 110))  # 0.02 a byte
-WORSE = Module("worse", Form(0.1, 100), Form(0.2, 90))
-SMALLER = Module("smaller", Form(0.2, 100), Form(0.1, 90))
-DENSE = Module("dense", Form(0.0, 50), Form(0.0, 50))
+MODULES = {
+    "dear": [Form(MATRIX, 0.1, 130), Form(FACTORS, 0.4, 100)],  # saves 0.01 a byte
+    "cheap": [Form(MATRIX, 0.1, 110), Form(FACTORS, 0.3, 100)],  # 0.02
+    "worse": [Form(MATRIX, 0.2, 110), Form(FACTORS, 0.1, 100)],
+    "smaller": [Form(MATRIX, 0.1, 90), Form(FACTORS, 0.2, 100)],
+    "dense": [Form(MATRIX, 0.0, 50)],
+}
+NEVER = {"worse": FACTORS, "smaller": MATRIX, "dense": MATRIX}
 
 
 @pytest.mark.parametrize(
-    ("limit", "names"),
+    ("limit", "dear", "cheap"),
     [
-        (0, {"smaller"}),
-        (449, {"smaller"}),
-        (450, {"smaller", "cheap"}),  # for what "smaller" gives back
-        (469, {"smaller", "cheap"}),
-        (480, {"smaller", "cheap", "dear"}),
-        (10**6, {"smaller", "cheap", "dear"}),
+        (0, FACTORS, FACTORS),
+        (449, FACTORS, FACTORS),
+        (450, FACTORS, MATRIX),
+        (479, FACTORS, MATRIX),
+        (480, MATRIX, MATRIX),
+        (10**6, MATRIX, MATRIX),
     ],
 )
-def test_the_limit_is_spent_where_it_saves_most(limit, names):
-    assert merged([DEAR, CHEAP, WORSE, SMALLER, DENSE], limit) == names
+def test_the_limit_is_spent_where_it_saves_most(limit, dear, cheap):
+    assert chosen(MODULES, limit) == {"dear": dear, "cheap": cheap, **NEVER}
 
 
 def test_what_has_no_room_is_passed_over():
-    assert merged([DEAR, CHEAP._replace(matrix=Form(0.1, 105))], 231) == {"cheap"}
-    assert merged([DEAR, Module("small", Form(0.2, 100), Form(0.19, 120))], 225) == {"small"}
+    modules = {"dear": MODULES["dear"], "slow": [Form(MATRIX, 0.19, 120), Form(FACTORS, 0.2, 100)]}
+    assert chosen(modules, 225) == {"dear": FACTORS, "slow": MATRIX}
+
+
+def test_a_module_goes_from_form_to_form():
+    forms = {"one": [Form(FACTORS, 0.4, 100), Form(WIDE_OUTER, 0.1, 110), Form(MATRIX, 0.05, 150)]}
+    kinds = [chosen(forms, limit)["one"] for limit in (100, 110, 149, 150)]
+    assert kinds == [FACTORS, WIDE_OUTER, WIDE_OUTER, MATRIX]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -103,16 +103,28 @@ def test_factors_rounded_for_each_other_lose_less(pivots):
     alone = error(
         gptq(inner, feedback, grid, "p"), gptq(outer, feedback_of(inner @ gram @ inner.T, True, "c"), grid, "c")
     )
-    together = error(*round_product(inner, outer, weight @ gram, gram, feedback, grid, "w", pivots))
+    together = error(*round_product(inner, outer, weight @ gram, gram, feedback, (grid, grid), "w", pivots))
     assert together < 0.8 * alone
-    expected = expected_loss(inner, outer, gram, feedback, grid, "w", pivots)
+    expected = expected_loss(inner, outer, gram, feedback, (grid, grid), "w", pivots)
     assert 0.5 * expected < together < 1.5 * expected
+    wide = grid, Grid(8, 16)
+    better = error(*round_product(inner, outer, weight @ gram, gram, feedback, wide, "w", pivots))
+    assert better < 0.5 * together
+    expected = expected_loss(inner, outer, gram, feedback, wide, "w", pivots)
+    assert 0.5 * expected < better < 1.5 * expected
 
 
 def test_coefficients_of_no_rows_are_rounded_too():
     inner, gram = tiny.rand(16, 48), correlated(48)
     first, second = round_product(
-        inner, torch.empty(0, 16), inner @ gram, gram, feedback_of(gram, True, "w"), Grid(4, 16), "w", True
+        inner,
+        torch.empty(0, 16),
+        inner @ gram,
+        gram,
+        feedback_of(gram, True, "w"),
+        (Grid(4, 16), Grid(4, 16)),
+        "w",
+        True,
     )
     assert first.codes.shape == (16, 48) and second.codes.shape == (0, 16)
 

@@ -49,21 +49,26 @@ def test_four_bits_are_a_quarter_of_the_bytes(arguments, pivoted, tmp_path):
     assert record["linear_bytes"] < 0.35 * size  # of float32: an eighth, scales, zeros, and the index as it was
 
 
-def test_factors_become_one_matrix_where_the_share_has_room(arguments, pivoted, tmp_path):
-    """Of the linears' bytes in float16; the folder loads as what was in memory, and its function is that of factors."""
+def test_the_share_has_room_for_other_forms(arguments, pivoted, tmp_path):
+    """Of the linears' bytes in float16. Each folder loads, and counts, as what it says it stores."""
     names = files.read_checkpoint(pivoted).layers
-    sizes, kinds = [], []
-    for number, share in enumerate((0, 0.45, 10)):
-        command = arguments("quantize", model_path=pivoted, save_path=tmp_path, prefix=number, integer_share=share)
-        record = PIFA.run([*command, "--bits", "8", "--group_size", "16"])
-        entries = files.read_checkpoint(record["path"]).layers
-        kinds.append([name for name in names if entries[name]["kind"] == "dense"])
-        assert kinds[-1] == [name for name in names if name in record["quantization"]["matrices"]]
+    before, seen, sizes = AutoModelForCausalLM.from_pretrained(pivoted), [], []
+    for share in (0, 0.5, 10):
+        given = {"group_size": 16, "integer_share": share, "reconstruct_nsamples": 32}
+        record = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path, prefix=share, **given))
+        checkpoint = files.read_checkpoint(record["path"])
+        kinds = {name: (entry["kind"], entry.get("outer_bits", 4)) for name, entry in checkpoint.layers.items()}
+        seen.append({kind for name, kind in kinds.items() if names[name]["kind"] == "pifa"})
         sizes.append(record["linear_bytes"])
         loaded = AutoModelForCausalLM.from_pretrained(record["path"])
-        assert tiny.relative(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(pivoted))) < 0.05
-    assert kinds[0] == [] and len(kinds[2]) == len(names)
-    assert sizes[0] < sizes[2]
+        assert tiny.relative(logits(loaded), logits(before)) < 0.5
+        # packed numbers fill whole words
+        packed = [m for m in loaded.modules() if isinstance(m, PackedLinear)]
+        least = sum(m.in_features * m.out_features for m in packed)
+        dense = sum(entry["in_features"] * entry["out_features"] for entry in names.values())
+        assert least < record["density"] * dense < 1.3 * least
+    assert seen[0] == {("pifa", 4)} and ("pifa", 8) in seen[1] and ("dense", 4) in seen[2]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
 
 
 def test_what_layers_before_lost_is_made_up_for(arguments, pivoted, tmp_path):

@@ -331,6 +331,11 @@ class Counts:
 PACKED = ("weight_packed", "weight_zero_point")  # 32-bit words full of smaller integers
 
 
+def _bits_of(entry: Mapping[str, Any], factor: str) -> int | None:
+    """Of the integers that a linear, or this factor of it, is stored as; None where they are no integers."""
+    return entry.get("outer_bits" if factor in ("coeff", "u") and "outer_bits" in entry else "bits")
+
+
 def stored_tensors(folder: Path, layers: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str | None, int, int]]:
     """(linear, numbers, bytes) of every tensor on disk, from the headers: the linear of `layers` that it counts for.
 
@@ -343,7 +348,7 @@ def stored_tensors(folder: Path, layers: Mapping[str, Mapping[str, Any]]) -> Ite
                 parts = name.split(".")
                 owner = next((o for cut in (1, 2) if (o := ".".join(parts[:-cut])) in layers), None)
                 counted = None if parts[-1] == "bias" else owner
-                bits = layers[owner].get("bits") if owner is not None and parts[-1] in PACKED else None
+                bits = _bits_of(layers[owner], parts[-2]) if owner is not None and parts[-1] in PACKED else None
                 numbers = math.prod(view.get_shape())
                 yield counted, numbers * (32 // bits) if bits else numbers, stored_bytes(view)
 
