@@ -64,7 +64,11 @@ def run(options: Namespace) -> dict[str, Any]:
     source.verify()
 
     with CheckpointWriter(folder, flags_hash, options.resume) as writer:
-        model: Any = models.load_model(models.Source(source.folder.name, str(source.folder)), models.DTYPES[dtype])
+        stored = models.DTYPES[dtype]
+        computed = (
+            torch.float32 if watch.device.type == "cpu" else stored
+        )  # half precision is several times slower there
+        model: Any = models.load_model(models.Source(source.folder.name, str(source.folder)), computed)
         limit = options.host_memory
         shelf = Shelf(None if limit is None else int(limit * report.GIB), folder.parent)
         windows = calibration.windows if calibration else None
@@ -75,7 +79,7 @@ def run(options: Namespace) -> dict[str, Any]:
                 settled["forms"] = forms_of(model, source.layers, recipe, windows, watch.device, shelf)
             writer.settle(settled)
         entries = entries_of(source, settled["forms"], grid)
-        quantize_model(model, entries, recipe, windows, writer, watch.device, shelf)
+        quantize_model(model, entries, recipe, windows, writer, watch.device, stored, shelf)
         config = {**source.config, "dtype": dtype}
         config["quantization_config"] = {**source.config["quantization_config"], "layers": entries}
         writer.describe(config, _files_beside(source))

@@ -157,12 +157,13 @@ def quantize_model(
     windows: Tensor | None,
     writer: CheckpointWriter,
     device: torch.device,
+    dtype: torch.dtype,
     shelf: Shelf | None = None,
 ) -> None:
     """Replace the model's linears, in place, and write every shard that is not there yet.
 
     entries: `layers` of the quantization config as it will be; windows: of calibration, (count, length) int64; without
-    them no data goes through the model.
+    them no data goes through the model. dtype: of the parameters that stay, in the end.
     """
     held, described, shelf = HeldLayers(model), describe_layers(model), shelf or Shelf()
     flows: tuple[Tensor, Tensor] | None = None
@@ -176,29 +177,40 @@ def quantize_model(
     for index, names in enumerate(tqdm(described, desc="quantize", unit="layer")):
         shard, prefix = files.layer_shard(index), f"{names.name}."
         here = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        done = writer.finished(shard)
         with held.filled(names.name, device) as layer, full_precision():
-            done = writer.finished(shard)
-            if flows is None:
-                if not done:
-                    for name in here:
-                        _round_to_nearest(layer, name, recipe.grid, f"{prefix}{name}")
-            else:
-                kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
-                original = copy.deepcopy(layer)
-                if not done:
-                    _quantize_layer((original, layer), names, here, recipe, flows, kwargs, batch)
+            original = copy.deepcopy(layer) if flows else layer
+            kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device)) if flows else {}
             if done:
                 stored = files.open_shard(writer.folder / shard)
-                for name, entry in here.items():
-                    layer.set_submodule(name, integration.packed(layer.get_submodule(name), entry))
-                layer.load_state_dict({key.removeprefix(prefix): t for key, t in stored.items()})
-                if flows is not None and index + 1 < len(described):
+                _fill(layer, here, {key.removeprefix(prefix): t for key, t in stored.items()})
+                if flows and index + 1 < len(described):
                     advance(original, flows[0], kwargs, batch)
                     advance(layer, flows[1], kwargs, batch)
+            elif flows:
+                _quantize_layer((original, layer), names, here, recipe, flows, kwargs, batch)
+            else:
+                for name in here:
+                    _round_to_nearest(layer, name, recipe.grid, f"{prefix}{name}")
         if not done:
+            _cast(layer, dtype)
             writer.write(shard, {f"{prefix}{key}": t for key, t in layer.state_dict().items()})
+    _cast(model, dtype)
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
+
+
+def _fill(layer: nn.Module, entries: dict[str, dict[str, Any]], stored: dict[str, Tensor]) -> None:
+    """Make a float layer what a shard says. entries: of its linears, by name in the layer, as the tensors are."""
+    for name, entry in entries.items():
+        layer.set_submodule(name, integration.packed(layer.get_submodule(name), entry))
+    layer.load_state_dict(stored)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Its parameters alone: scales of packed linears are buffers and stay float16."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _quantize_layer(

@@ -13,6 +13,7 @@ from component import quantize
 from component.packed import PackedLinear
 from tests import tiny
 from utils import checkpoint as files
+from utils import models
 
 pytest.importorskip("compressed_tensors")
 
@@ -23,8 +24,8 @@ def logits(model):
 
 
 @pytest.mark.parametrize("source", ["compressed", "pivoted"])
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_the_folder_is_the_model_in_memory(source, method, arguments, request, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "dtype"), [("gptq", "float32"), ("gptq", "bfloat16"), ("rtn", "float32")])
+def test_the_folder_is_the_model_in_memory(source, method, dtype, arguments, request, tmp_path, monkeypatch):
     kept, inner = [], quantize.quantize_model
 
     def keep(model, *rest):
@@ -33,13 +34,16 @@ def test_the_folder_is_the_model_in_memory(source, method, arguments, request, t
 
     monkeypatch.setattr(quantize, "quantize_model", keep)
     folder = request.getfixturevalue(source)
-    record = PIFA.run(arguments("quantize", model_path=folder, save_path=tmp_path, quantize_method=method, bits=8))
+    given = {"quantize_method": method, "bits": 8, "dtype": dtype}
+    record = PIFA.run(arguments("quantize", model_path=folder, save_path=tmp_path, **given))
     loaded = AutoModelForCausalLM.from_pretrained(record["path"])
     assert any(isinstance(module, PackedLinear) for module in loaded.modules())
     assert torch.equal(logits(loaded), logits(kept[0]))
+    assert loaded.dtype == models.DTYPES[dtype]
     before = AutoModelForCausalLM.from_pretrained(folder)
     assert 0 < tiny.relative(logits(loaded), logits(before)) < 0.05
-    assert tiny.relative(logits(loaded.dequantize()), logits(kept[0])) < 1e-4
+    rounding = 1e-4 if dtype == "float32" else 0.03
+    assert tiny.relative(logits(loaded.dequantize()), logits(kept[0])) < rounding
 
 
 def test_four_bits_are_a_quarter_of_the_bytes(arguments, pivoted, tmp_path):
