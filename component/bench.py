@@ -123,11 +123,13 @@ def _subject(options: Namespace, defaults: Defaults) -> Subject:
     if options.model_path not in (None, "original"):
         source = models.find_source(options.model_path)
         config = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
-        compressed = bool(getattr(config, "quantization_config", None))
-        if compressed:
-            files.read_checkpoint(source.location).verify()
+        density = None
+        if getattr(config, "quantization_config", None):
+            checkpoint = files.read_checkpoint(source.location)
+            checkpoint.verify()
+            density = checkpoint.record["density"]
             del config.quantization_config  # the dense model of the same shapes
-        return Subject(source.name, config, compressed, partial(_load, source))
+        return Subject(source.name, config, density, partial(_load, source))
     if options.model is None:
         return Subject(defaults.shapes, transformers.LlamaConfig(**defaults.config))
     source = models.find_source(options.model)

@@ -32,11 +32,14 @@ ROWS_OVER_RANKS = (
 
 @dataclass(frozen=True)
 class Subject:
-    """The model whose shapes are measured; `load` gives the model itself where it is a checkpoint."""
+    """The model whose shapes are measured; `load` gives the model itself where it is a checkpoint.
+
+    density: of a compressed one, whose config is that of the dense model.
+    """
 
     name: str
     config: transformers.PretrainedConfig
-    compressed: bool = False
+    density: float | None = None
     load: Callable[[torch.dtype, torch.device], Any] | None = None
 
 
@@ -189,12 +192,13 @@ def mlp_sizes(config: transformers.PretrainedConfig) -> tuple[int, int]:
 def model_sections(setting: Setting) -> Iterator[Section]:
     """The subject itself, with what it is compared to: random weights of the same shapes, speed asks for no more."""
     subject = setting.subject
+    compressed = subject.density is not None
     kinds: tuple[str, ...] = KINDS
     if subject.load is not None:
-        kinds = KINDS[:1] if subject.compressed else KINDS[2:]
+        kinds = KINDS[:1] if compressed else KINDS[2:]
     variants = [(kind, partial(random_model, subject.config, kind, setting.density, *setting.like)) for kind in kinds]
     if subject.load is not None:
-        variants.insert(1 if subject.compressed else 0, (subject.name, partial(subject.load, *setting.like)))
+        variants.insert(1 if compressed else 0, (subject.name, partial(subject.load, *setting.like)))
     load = LOADS[setting.device.type]
     results = measure_variants(variants, load, setting.device)
     for result in results:
@@ -205,9 +209,8 @@ def model_sections(setting: Setting) -> Iterator[Section]:
         columns[f"decode ms, batch {batch}"] = (f"decode_ms_{batch}", 1)
         columns[f"tokens/s, batch {batch}"] = (f"tokens_s_{batch}", 1)
     batch, length = load.prefill
-    title = (
-        f"{subject.name}, density {setting.density:g}: prefill of {batch} x {length}, prompts of {load.prompt} tokens"
-    )
+    density = subject.density if subject.density is not None else setting.density
+    title = f"{subject.name}, density {density:.4g}: prefill of {batch} x {length}, prompts of {load.prompt} tokens"
     yield Section("models", title, results, columns)
 
 

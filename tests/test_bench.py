@@ -336,6 +336,8 @@ def test_a_checkpoint_is_measured_beside_the_dense_model_of_its_shapes(quick, tm
     dense, ours = record["models"][0], record["models"][2]
     stored = sum(t.numel() * t.element_size() for t in tiny.stored_tensors(pivoted).values())
     assert ours["weights_gib"] * 2**30 == stored < dense["weights_gib"] * 2**30
+    density = json.loads((pivoted / "pifa.json").read_text())["density"]
+    assert f"### {pivoted.name}, density {density:.4g}: " in (Path(record["path"]) / "tables.md").read_text()
 
 
 def test_a_dense_model_is_measured_beside_pivoted_ones(quick, tmp_path, model_folder):
