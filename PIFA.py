@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--integer_share",
         type=float,
         default=0.32,
-        help="of the linears' float16 bytes, at most: factors that suffer most become one matrix; 0: none do",
+        help="of the linears' float16 bytes, at most: what suffers most as factors gets more; 0: nothing does",
     )
 
     exporting = parser.add_argument_group("how (export)")
@@ -295,6 +295,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"--{name} {value} is below {LEAST.get(name, 1)}")
     if not 0 <= options.temperature < float("inf"):
         raise UsageError(f"--temperature {options.temperature:g} is no number from 0 on")
+    if not 0 <= options.integer_share < float("inf"):
+        raise UsageError(f"--integer_share {options.integer_share:g} is no number from 0 on")
     if options.host_memory is not None and not options.host_memory >= 0:
         raise UsageError(f"--host_memory {options.host_memory:g} is no number from 0 on")
     if options.bench_seconds is not None and options.bench_seconds <= 0:

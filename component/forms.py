@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from component.gptq import Grid
+from component.packed import PackedLinear
 
 # both factors at the bits asked for; the one applied last in WIDE bits; the product of both
 FACTORS, WIDE_OUTER, MATRIX = "factors", "wide_outer", "matrix"
 WIDE = 8
-WORD = 4  # bytes
-SHAPE = 16  # bytes of weight_shape
 
 
 class Form(NamedTuple):
@@ -50,10 +49,5 @@ def chosen(modules: Mapping[str, Sequence[Form]], limit: int) -> dict[str, str]:
 
 def packed_bytes(rows: int, columns: int, grid: Grid) -> int:
     """Of a matrix as packed.py stores it: codes, zeros, scales and its shape."""
-    groups = -(-columns // grid.group_size)
-    words = rows * _words(columns, grid) + _words(rows, grid) * groups
-    return WORD * words + 2 * rows * groups + SHAPE
-
-
-def _words(count: int, grid: Grid) -> int:
-    return -(-count * grid.bits // (8 * WORD))
+    layer = PackedLinear(columns, rows, grid.bits, grid.group_size, device="meta")
+    return sum(tensor.nbytes for tensor in layer.buffers())

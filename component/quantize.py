@@ -3,7 +3,6 @@
 Embeddings, norms and head stay as they are. quantizer.py walks the layers, gptq.py and gptq_product.py round.
 """
 
-import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +20,8 @@ from utils import data, models, packing, report
 from utils.checkpoint import Checkpoint, CheckpointWriter
 from utils.endings import one_line_endings
 from utils.errors import UsageError
+from utils.layers import describe_layers
 from utils.placement import Shelf
-
-log = logging.getLogger("pifa")
 
 
 class Calibration(NamedTuple):
@@ -72,14 +70,15 @@ def run(options: Namespace) -> dict[str, Any]:
         limit = options.host_memory
         shelf = Shelf(None if limit is None else int(limit * report.GIB), folder.parent)
         windows = calibration.windows if calibration else None
+        described = describe_layers(model)
         settled = writer.settled
         if settled is None:
             settled = {"forms": {}}
             if windows is not None and recipe.share:
-                settled["forms"] = forms_of(model, source.layers, recipe, windows, watch.device, shelf)
+                settled["forms"] = forms_of(model, described, source.layers, recipe, windows, watch.device, shelf)
             writer.settle(settled)
         entries = entries_of(source, settled["forms"], grid)
-        quantize_model(model, entries, recipe, windows, writer, watch.device, stored, shelf)
+        quantize_model(model, described, entries, recipe, windows, writer, watch.device, stored, shelf)
         config = {**source.config, "dtype": dtype}
         config["quantization_config"] = {**source.config["quantization_config"], "layers": entries}
         writer.describe(config, _files_beside(source))

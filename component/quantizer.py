@@ -8,7 +8,7 @@ alone as its target).
 """
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,6 @@ from utils.checkpoint import CheckpointWriter
 from utils.layers import (
     DecoderLayer,
     HeldLayers,
-    describe_layers,
     layer_inputs,
     map_tensors,
     run_layer,
@@ -87,7 +86,8 @@ def names_of(linear: nn.Module) -> tuple[str, str]:
 @torch.no_grad()
 def forms_of(
     model: PreTrainedModel,
-    names: Collection[str],
+    described: list[DecoderLayer],
+    entries: Mapping[str, dict[str, Any]],
     recipe: Recipe,
     windows: Tensor,
     device: torch.device,
@@ -95,22 +95,22 @@ def forms_of(
 ) -> dict[str, str]:
     """Compressed linear -> the kind of form that its integers are to have, by one pass of the float model.
 
-    names: of all of them.
+    entries: `layers` of the quantization config as it was.
     """
-    held, described = HeldLayers(model), describe_layers(model)
+    held = HeldLayers(model)
     states, keywords = layer_inputs(model, windows, lambda size: shelf.room(size, device))
     batch = max(1, BATCH_TOKENS // windows.shape[1])
     modules: dict[str, list[Form]] = {}
     limit = 0.0
-    for index, layer_names in enumerate(tqdm(described, desc="forms", unit="layer")):
-        prefix = f"{layer_names.name}."
-        groups = groups_of(layer_names, {name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+    for index, names in enumerate(tqdm(described, desc="forms", unit="layer")):
+        prefix = f"{names.name}."
+        groups = groups_of(names, _inside(prefix, entries))
         grams: dict[str, Tensor] = {}
 
         def see(name: str, x: Tensor, _y: Tensor, grams: dict[str, Tensor] = grams) -> None:
             grams[name] = add_product(grams.get(name), x, x)
 
-        with held.filled(layer_names.name, device) as layer, full_precision():
+        with held.filled(names.name, device) as layer, full_precision():
             kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
             with watching(layer, [group[0] for group in groups], see):
                 advance(layer, states, kwargs, batch)
@@ -152,7 +152,8 @@ def float16_bytes(linear: nn.Module) -> int:
 @torch.no_grad()
 def quantize_model(
     model: PreTrainedModel,
-    entries: dict[str, dict[str, Any]],
+    described: list[DecoderLayer],
+    entries: Mapping[str, dict[str, Any]],
     recipe: Recipe,
     windows: Tensor | None,
     writer: CheckpointWriter,
@@ -165,7 +166,7 @@ def quantize_model(
     entries: `layers` of the quantization config as it will be; windows: of calibration, (count, length) int64; without
     them no data goes through the model. dtype: of the parameters that stay, in the end.
     """
-    held, described, shelf = HeldLayers(model), describe_layers(model), shelf or Shelf()
+    held, shelf = HeldLayers(model), shelf or Shelf()
     flows: tuple[Tensor, Tensor] | None = None
     keywords: list[dict[str, Any]] = []
     batch = 0
@@ -176,14 +177,13 @@ def quantize_model(
         flows = states, copied
     for index, names in enumerate(tqdm(described, desc="quantize", unit="layer")):
         shard, prefix = files.layer_shard(index), f"{names.name}."
-        here = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        here = _inside(prefix, entries)
         done = writer.finished(shard)
         with held.filled(names.name, device) as layer, full_precision():
             original = copy.deepcopy(layer) if flows else layer
             kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device)) if flows else {}
             if done:
-                stored = files.open_shard(writer.folder / shard)
-                _fill(layer, here, {key.removeprefix(prefix): t for key, t in stored.items()})
+                _fill(layer, here, _inside(prefix, files.open_shard(writer.folder / shard)))
                 if flows and index + 1 < len(described):
                     advance(original, flows[0], kwargs, batch)
                     advance(layer, flows[1], kwargs, batch)
@@ -198,6 +198,11 @@ def quantize_model(
     _cast(model, dtype)
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
+
+
+def _inside(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a name in the layer, by that name."""
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
 
 def _fill(layer: nn.Module, entries: dict[str, dict[str, Any]], stored: dict[str, Tensor]) -> None:
@@ -284,11 +289,8 @@ def _quantize(
     """GPTQ of a linear, in the form that its entry says. moments: of its input in both flows; feedback: of the gram."""
     linear, grid, gram = layer.get_submodule(name), recipe.grid, moments.gram
     assert gram is not None
-    factors, weight = None, linear.weight
-    if not isinstance(linear, nn.Linear):
-        factors = Factors.of(linear)
-        weight = factors.product()
-    assert isinstance(weight, Tensor)
+    factors = None if isinstance(linear, nn.Linear) else Factors.of(linear)
+    weight = linear.get_parameter("weight") if factors is None else factors.product()
     target = target_moment(weight, gram, moments.cross, recipe.mix_ratio, moments.drift, recipe.drift_ratio)
     if factors is None or entry["kind"] == "dense":
         result = gptq(refit(weight, target, gram, what), feedback, grid, what)

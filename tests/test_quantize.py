@@ -117,4 +117,5 @@ def test_what_cannot_be_quantized_is_refused(arguments, pivoted, model_folder, t
     bad(arguments("quantize", model_path=done, save_path=tmp_path), "quantized already")
     bad(arguments("pifa", model_path=done, save_path=tmp_path), "quantized already")
     bad(arguments("quantize", bits=3), "--bits")
+    bad(arguments("quantize", integer_share=-1), "--integer_share")
     bad(arguments("quantize", group_size=12), "--group_size")

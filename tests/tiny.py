@@ -1,6 +1,5 @@
 """Models, tokenizers and texts small enough for a test: random weights from a fixed seed, nothing downloaded."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -12,6 +11,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from utils.checkpoint import sha256
 
 BYTES = 256
 EOS = BYTES  # the one token that is no byte
@@ -119,7 +120,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 def contents(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
     """Name -> hash of every file in a folder: where two folders differ, a failure says which file and no more."""
     paths = [path for path in sorted(folder.iterdir()) if path.name not in without]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.name: sha256(path) for path in paths}
 
 
 def edit_json(path: Path, change) -> None:
