@@ -3,6 +3,7 @@
 Runs --mode m and --mode pifa (uniform ranks, exact M, no profile) on models of LLaMA's shapes with random weights, at
 several numbers of layers and of windows, and prints time and memory as a table. Every run is a process of its own, so
 that peaks are its own. Sizes go from the base (--layers, --windows: the first of each) along one axis at a time.
+--processes 1 2 runs all sizes of --mode m by one process and by two, on a card each.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import transformers
 
 from utils import models
 from utils.data import check_name
-from utils.plots import Panel, draw_panels
+from utils.plots import REQUIREMENTS, Panel, can_plot, draw_panels
 from utils.report import markdown_table
 
 SHAPES = {
@@ -24,8 +25,8 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
-COLUMNS = ("layers", "windows", "m", "pifa", "device", "host")
-HEADER = ["layers", "windows", "m, s", "pifa, s", "device, GiB", "host, GiB"]
+COLUMNS = ("processes", "layers", "windows", "m", "pifa", "device", "host")
+HEADER = ["processes", "layers", "windows", "m, s", "pifa, s", "device, GiB", "host, GiB"]
 
 
 def make_model(folder: Path, shapes: str, layers: int, tokenizer_of: str, device: torch.device) -> None:
@@ -41,23 +42,27 @@ def make_model(folder: Path, shapes: str, layers: int, tokenizer_of: str, device
     tokenizer.save_pretrained(folder)
 
 
-def command(*flags: str) -> dict:
+def command(*flags: str, processes: int = 1) -> dict:
     """The record of one command of the front door."""
-    done = subprocess.run([sys.executable, "PIFA.py", *flags], stdout=subprocess.PIPE, text=True, check=True)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    started = [sys.executable, *launcher, "PIFA.py", *flags]
+    done = subprocess.run(started, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(options: argparse.Namespace, layers: int, windows: int) -> dict:
+def measure(options: argparse.Namespace, processes: int, layers: int, windows: int) -> dict:
     folder = Path(options.save_path) / f"{options.shapes}-{layers}"
     if not folder.exists():
         make_model(folder, options.shapes, layers, options.model, torch.device(options.DEV))
-    place = ["--save_path", options.save_path, "--prefix", f"{layers}x{windows}_", "--DEV", options.DEV]
+    place = ["--save_path", options.save_path, "--prefix", f"{processes}x{layers}x{windows}_", "--DEV", options.DEV]
     flags = ["--mode", "m", "--model", str(folder), "--dataset", options.calibration, "--density", "0.55"]
     flags += ["--allocation", "uniform", "--output_shrinkage", "1", "--token_power", "0", "--heldout_nsamples", "0"]
     flags += ["--pruning_nsamples", str(windows), "--reconstruct_nsamples", str(windows), "--dtype", "float16"]
-    low_rank = command(*flags, "--model_seq_len", str(options.model_seq_len), *place, *options.more)
+    flags += ["--model_seq_len", str(options.model_seq_len), *place, *options.more]
+    low_rank = command(*flags, processes=processes)
     pivoted = command("--mode", "pifa", "--model_path", low_rank["path"], *place)
     row = {
+        "processes": processes,
         "layers": layers,
         "windows": windows,
         "m": low_rank["seconds"],
@@ -75,6 +80,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="7b", choices=SHAPES)
     parser.add_argument("--layers", nargs="+", type=int, default=[2])
     parser.add_argument("--windows", nargs="+", type=int, default=[32])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1], help="that share the windows of --mode m")
     parser.add_argument("--model_seq_len", type=int, default=2048)
     parser.add_argument("--model", default="smollm2", help="whose tokenizer is taken")
     parser.add_argument("--DEV", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,9 +89,11 @@ def main() -> None:
     parser.add_argument("--plot", help="also draw seconds over both sizes there (png; needs matplotlib)")
     options, options.more = parser.parse_known_args()
     check_name(options.calibration)  # before models are made
+    if options.plot and not can_plot():
+        parser.error(f"--plot needs matplotlib: pip install -r {REQUIREMENTS}")
     sizes = [(layers, options.windows[0]) for layers in options.layers]
     sizes += [(options.layers[0], windows) for windows in options.windows[1:]]
-    rows = [measure(options, *size) for size in sizes]
+    rows = [measure(options, processes, *size) for processes in options.processes for size in sizes]
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1))
     print(markdown_table(HEADER, [[row[name] for name in COLUMNS] for row in rows]))
@@ -98,7 +106,13 @@ def panels_of(rows: list[dict]) -> list[Panel]:
     panels = []
     for size, other in (("layers", "windows"), ("windows", "layers")):
         some = [row for row in rows if row[other] == rows[0][other]]
-        lines = {f"--mode {what}": [(row[size], row[what]) for row in some] for what in ("m", "pifa")}
+        lines = {
+            f"--mode {what}" + f", {count} processes" * (count > 1): [
+                (row[size], row[what]) for row in some if row["processes"] == count
+            ]
+            for count in sorted({row["processes"] for row in rows})
+            for what in ("m", "pifa")[: 2 if count == 1 else 1]
+        }
         panels.append(Panel(f"{rows[0][other]} {other}", size, "seconds", lines))
     return panels
 
