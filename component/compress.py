@@ -136,12 +136,15 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
         return shards[index] in done
 
     timed = next((index for index, shard in enumerate(shards) if shard not in done), None)
+    layer_seconds = []
     before = watch.seconds()
     for index, layer in compressed(recipe, finished):
         if writer and shards[index] not in done:
             writer.write(shards[index], {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()})
+        one, left = watch.seconds() - before, len(described) - index - 1
+        if shards[index] not in done:
+            layer_seconds.append(one)
         if index == timed:
-            one, left = watch.seconds() - before, len(described) - index - 1
             log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
         before = watch.seconds()
     if writer is None:
@@ -159,6 +162,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             **settings_of(job, recipe, chosen["tuned"]),
             **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
+            "layer_seconds": [round(seconds, 3) for seconds in layer_seconds],
             **watch.readings(),
             **densities(folder, entries, "channels" if kind == "narrow" else storage_of(options).name, options.density),
             "kind": kind,
