@@ -140,7 +140,8 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     before = watch.seconds()
     for index, layer in compressed(recipe, finished):
         if writer and shards[index] not in done:
-            writer.write(shards[index], {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()})
+            tensors = {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()}
+            writer.write_behind(shards[index], tensors)
         one, left = watch.seconds() - before, len(described) - index - 1
         if shards[index] not in done:
             layer_seconds.append(one)
@@ -149,6 +150,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
         before = watch.seconds()
     if writer is None:
         return {}
+    writer.flush()
     if not writer.finished(files.REST):
         writer.write(files.REST, rest_of(model, described))
 

@@ -57,7 +57,9 @@ def _convert(
     folder, device, folding = writer.folder, watch.device, options.fold
     skeleton = _skeleton(source) if folding else None
     entries = {name: dict(entry) for name, entry in source.layers.items()}
-    for shard in tqdm(sorted(source.manifest["shards"]), desc="pivot", unit="shard"):
+    # what has no factors comes first: it is large, and is written while the first layer is pivoted
+    shards = sorted(source.manifest["shards"], key=lambda shard: (shard != files.REST, shard))
+    for shard in tqdm(shards, desc="pivot", unit="shard"):
         tensors = files.open_shard(source.folder / shard)
         here = {name: entry for name, entry in entries.items() if f"{name}.weight" in tensors}
         probe = skeleton.probe_of(here) if skeleton else None
@@ -65,8 +67,9 @@ def _convert(
             stored = files.open_shard(folder / shard)
         else:
             stored = pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
-            writer.write(shard, stored)
+            writer.write_behind(shard, stored)
         note_entries(here, stored, foldable(probe, here))
+    writer.flush()
     if folding and not any("folded" in entry for entry in entries.values()):
         log.warning("no linear of this model meets the next one channel by channel: nothing was folded")
 

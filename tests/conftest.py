@@ -113,3 +113,15 @@ def good(capsys):
         return json.loads(lines[-1], parse_constant=pytest.fail)  # NaN is no JSON
 
     return check
+
+
+@pytest.fixture
+def instructions(tmp_path) -> Path:
+    """Rows of instruction, input (of every second one) and output."""
+    path = tmp_path / "tasks.jsonl"
+    examples = [
+        {"instruction": f"Say {word}.", "input": "aloud" * (number % 2), "output": f"{word} \u2028 {word}"}
+        for number, word in enumerate(["one", "two", "three", "four", "five"])
+    ]
+    path.write_text("\n".join(json.dumps(example, ensure_ascii=False) for example in examples), encoding="utf-8")
+    return path

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -95,6 +96,8 @@ class CheckpointWriter:
         self._resume = resume
         self._made: list[Path] = []  # folders that were not there before, from the innermost one
         self._held = contextlib.ExitStack()
+        self._hand = ThreadPoolExecutor(1, "write")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
         flags_hash = self.manifest["flags"]
@@ -114,6 +117,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._hand.shutdown()
         with contextlib.ExitStack() as after:
             if self.manifest.keys() == {"flags", "shards"} and not self.manifest["shards"]:
                 after.callback(_remove_empty, self._made or [self.folder])
@@ -138,6 +142,21 @@ class CheckpointWriter:
             temporary.chmod(0o644)  # safetensors makes files that only their owner may read
         self.manifest["shards"][shard] = sha256(self.folder / shard)
         write_json(self.folder / MANIFEST, self.manifest)
+
+    def write_behind(self, shard: str, tensors: dict[str, Tensor]) -> None:
+        """`write` while the caller goes on, once the shard before is written. `flush` before anything else is asked.
+
+        tensors: nobody may change them any more. Raises: what writing the shard before has raised.
+        """
+        stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        self.flush()
+        self._pending = self._hand.submit(self.write, shard, stored)
+
+    def flush(self) -> None:
+        """Wait for what `write_behind` was given. Raises: what that has raised."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
     def settle(self, choices: dict[str, Any]) -> None:
         """Note what was chosen before the first shard, so that a later run goes on with the same."""
@@ -221,12 +240,16 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raises: UsageError naming the first shard that is missing or differs from its hash."""
-        for shard, expected in self.manifest["shards"].items():
-            path = self.folder / shard
+        expected = {self.folder / shard: found for shard, found in self.manifest["shards"].items()}
+        for path in expected:
             if not path.is_file():
                 raise UsageError(f"{path} is missing: make the checkpoint again")
-            if sha256(path) != expected:
-                raise UsageError(f"{path} is damaged, its hash differs from the manifest: make the checkpoint again")
+        with ThreadPoolExecutor() as hands:
+            for path, found in zip(expected, hands.map(sha256, expected), strict=True):
+                if found != expected[path]:
+                    raise UsageError(
+                        f"{path} is damaged, its hash differs from the manifest: make the checkpoint again"
+                    )
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
