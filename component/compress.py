@@ -135,24 +135,22 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             load_layer(layer, described[index], entries, files.open_shard(folder / shards[index]))
         return shards[index] in done
 
-    timed = next((index for index, shard in enumerate(shards) if shard not in done), None)
-    layer_seconds = []
+    layer_seconds: list[float] = []  # of those that this run has solved
     before = watch.seconds()
     for index, layer in compressed(recipe, finished):
-        if writer and shards[index] not in done:
-            tensors = {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()}
-            writer.write_behind(shards[index], tensors)
-        one, left = watch.seconds() - before, len(described) - index - 1
         if shards[index] not in done:
-            layer_seconds.append(one)
-        if index == timed:
-            log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
+            if writer:
+                tensors = {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()}
+                writer.write_behind(shards[index], tensors)
+            layer_seconds.append(round(watch.seconds() - before, 3))
+            if len(layer_seconds) == 1:
+                one, left = layer_seconds[0], len(described) - index - 1
+                log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
         before = watch.seconds()
     if writer is None:
         return {}
-    writer.flush()
     if not writer.finished(files.REST):
-        writer.write(files.REST, rest_of(model, described))
+        writer.write_behind(files.REST, rest_of(model, described))
 
     kind = kind_of(entries)
     with tempfile.TemporaryDirectory() as temporary:
@@ -164,7 +162,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             **settings_of(job, recipe, chosen["tuned"]),
             **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
-            "layer_seconds": [round(seconds, 3) for seconds in layer_seconds],
+            "layer_seconds": layer_seconds,
             **watch.readings(),
             **densities(folder, entries, "channels" if kind == "narrow" else storage_of(options).name, options.density),
             "kind": kind,

@@ -69,7 +69,6 @@ def _convert(
             stored = pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
             writer.write_behind(shard, stored)
         note_entries(here, stored, foldable(probe, here))
-    writer.flush()
     if folding and not any("folded" in entry for entry in entries.values()):
         log.warning("no linear of this model meets the next one channel by channel: nothing was folded")
 

@@ -144,7 +144,7 @@ class CheckpointWriter:
         write_json(self.folder / MANIFEST, self.manifest)
 
     def write_behind(self, shard: str, tensors: dict[str, Tensor]) -> None:
-        """`write` while the caller goes on, once the shard before is written. `flush` before anything else is asked.
+        """`write` while the caller goes on, once the shard before is written; `describe` waits for the last.
 
         tensors: nobody may change them any more. Raises: what writing the shard before has raised.
         """
@@ -164,7 +164,11 @@ class CheckpointWriter:
         write_json(self.folder / MANIFEST, self.manifest)
 
     def describe(self, config: dict[str, Any], extra_files: list[Path]) -> None:
-        """Once all shards are there: write the index, the config and the files that stand beside them."""
+        """Once all shards are there: write the index, the config and the files that stand beside them.
+
+        Raises: what writing the last shard has raised.
+        """
+        self.flush()
         weight_map, size = {}, 0
         for shard in sorted(self.manifest["shards"]):
             with safe_open(self.folder / shard, framework="pt") as file:

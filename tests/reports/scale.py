@@ -107,13 +107,13 @@ def panels_of(rows: list[dict]) -> list[Panel]:
     panels = []
     for size, other in (("layers", "windows"), ("windows", "layers")):
         some = [row for row in rows if row[other] == rows[0][other]]
-        lines = {
-            f"--mode {what}" + f", {count} processes" * (count > 1): [
-                (row[size], row[what]) for row in some if row["processes"] == count
-            ]
-            for count in sorted({row["processes"] for row in rows})
-            for what in ("m", "pifa")[: 2 if count == 1 else 1]
-        }
+        lines = {}
+        for count in sorted({row["processes"] for row in rows}):
+            mine = [row for row in some if row["processes"] == count]
+            name = "--mode m" if count == 1 else f"--mode m, {count} processes"
+            lines[name] = [(row[size], row["m"]) for row in mine]
+            if count == 1:  # pifa is always one process
+                lines["--mode pifa"] = [(row[size], row["pifa"]) for row in mine]
         panels.append(Panel(f"{rows[0][other]} {other}", size, "seconds", lines))
     return panels
 
