@@ -83,7 +83,7 @@ class LeanModel:
             _check_layer(layer)
         _check_alike(decoder)
         embedding = decoder.embed_tokens.weight
-        probe = torch.arange(min(PROBE, max_length), device=embedding.device)[None] % len(embedding)
+        probe = _probe(len(embedding), min(PROBE, max_length)).to(embedding.device)
         with torch.no_grad():
             rotary = _rotary(decoder, max_length)
             expected = model(probe, use_cache=False).logits.float()
@@ -239,6 +239,13 @@ class LeanModel:
         with torch.cuda.graph(graph):
             logits = self._step(inputs)
         return graph, inputs, logits
+
+
+def _probe(vocabulary: int, length: int) -> Tensor:
+    """Words from all over the vocabulary: (1, length) int64. Its first ones are marks that a model has hardly seen, and
+    what it makes of them is mostly rounding in bfloat16.
+    """
+    return (torch.arange(1, length + 1) * (vocabulary // (length + 1)) % vocabulary)[None]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

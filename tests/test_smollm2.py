@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 import PIFA
+from component.runner import LeanModel
 from tests import tiny
+from utils import models
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +79,12 @@ def test_gguf_blocks_are_stored_as_float32(records):
     config = json.loads((Path(records["pifa"]["path"]) / "config.json").read_text())
     assert (config["dtype"], records["m"]["dtype"], config["model_type"]) == ("float32", "float32", "llama")
     assert set(config["quantization_config"]) == {"quant_method", "format_version", "layers"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_lean_runner_takes_it_in_half_precision(dtype):
+    """Its check against transformers must not ask for more than rounding leaves of logits, in bfloat16 above all."""
+    model = models.load_model(models.find_source("smollm2"), dtype)
+    lean = LeanModel.from_transformers(model, 1, 16)
+    tokens = torch.tensor([[504, 3575, 282, 4649, 314]])  # of a sentence
+    assert tiny.relative(lean.prefill(tokens).float(), model(tokens).logits[:, -1].float()) < 0.1
