@@ -3,7 +3,7 @@
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,29 +45,41 @@ def run(options: Namespace) -> dict[str, Any]:
     files.check_target(folder, flags_hash, options.resume)
     if record := files.finished_record(folder):
         return record
-    source.verify()
-
-    with CheckpointWriter(folder, flags_hash, options.resume) as writer:
-        return _convert(options, source, writer, dtype, watch)
+    with source.verifying() as check, CheckpointWriter(folder, flags_hash, options.resume) as writer:
+        return _convert(options, source, check, writer, dtype, watch)
 
 
 def _convert(
-    options: Namespace, source: Checkpoint, writer: CheckpointWriter, dtype: str, watch: report.Stopwatch
+    options: Namespace,
+    source: Checkpoint,
+    check: Callable[..., None],
+    writer: CheckpointWriter,
+    dtype: str,
+    watch: report.Stopwatch,
 ) -> dict[str, Any]:
     folder, device, folding = writer.folder, watch.device, options.fold
     skeleton = _skeleton(source) if folding else None
     entries = {name: dict(entry) for name, entry in source.layers.items()}
-    # what has no factors comes first: it is large, and is written while the first layer is pivoted
-    shards = sorted(source.manifest["shards"], key=lambda shard: (shard != files.REST, shard))
+    layer_seconds: list[float] = []
+    shards = sorted(source.manifest["shards"])
     for shard in tqdm(shards, desc="pivot", unit="shard"):
+        before = watch.seconds()
+        check(shard)
         tensors = files.open_shard(source.folder / shard)
         here = {name: entry for name, entry in entries.items() if f"{name}.weight" in tensors}
         probe = skeleton.probe_of(here) if skeleton else None
+        unchanged = not here and dtype == source.record["dtype"]
         if writer.finished(shard):
             stored = files.open_shard(folder / shard)
         else:
-            stored = pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
-            writer.write_behind(shard, stored)
+            stored = tensors if unchanged else pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
+            if here:
+                layer_seconds.append(round(watch.seconds() - before, 3))
+            check(*shards)  # the first layer was pivoted meanwhile; nothing is made of a source that is damaged
+            if unchanged:
+                writer.copy_behind(source.folder / shard, source.manifest["shards"][shard])
+            else:
+                writer.write_behind(shard, stored)
         note_entries(here, stored, foldable(probe, here))
     if folding and not any("folded" in entry for entry in entries.values()):
         log.warning("no linear of this model meets the next one channel by channel: nothing was folded")
@@ -86,6 +98,7 @@ def _convert(
         "source": str(source.folder),
         "path": str(folder),
         "dtype": dtype,
+        "layer_seconds": layer_seconds,
         **watch.readings(),
         **densities(folder, entries, storage.name, source.record["density_asked"]),
         "ranks": {name: kept_of(entry) for name, entry in entries.items()},

@@ -140,7 +140,10 @@ class CheckpointWriter:
         with whole(self.folder / shard) as temporary:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"format": "pt"})
             temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-        self.manifest["shards"][shard] = sha256(self.folder / shard)
+        self._note(shard, sha256(self.folder / shard))
+
+    def _note(self, shard: str, found: str) -> None:
+        self.manifest["shards"][shard] = found
         write_json(self.folder / MANIFEST, self.manifest)
 
     def write_behind(self, shard: str, tensors: dict[str, Tensor]) -> None:
@@ -152,8 +155,19 @@ class CheckpointWriter:
         self.flush()
         self._pending = self._hand.submit(self.write, shard, stored)
 
+    def copy_behind(self, path: Path, found: str) -> None:
+        """As `write_behind`, of a shard that another folder has already, and its sha256."""
+
+        def copy() -> None:
+            with whole(self.folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+            self._note(path.name, found)
+
+        self.flush()
+        self._pending = self._hand.submit(copy)
+
     def flush(self) -> None:
-        """Wait for what `write_behind` was given. Raises: what that has raised."""
+        """Wait for what `write_behind` or `copy_behind` was given. Raises: what that has raised."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
@@ -244,16 +258,34 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Raises: UsageError naming the first shard that is missing or differs from its hash."""
-        expected = {self.folder / shard: found for shard, found in self.manifest["shards"].items()}
-        for path in expected:
-            if not path.is_file():
-                raise UsageError(f"{path} is missing: make the checkpoint again")
-        with ThreadPoolExecutor() as hands:
-            for path, found in zip(expected, hands.map(sha256, expected), strict=True):
-                if found != expected[path]:
+        with self.verifying() as check:
+            check(*self.manifest["shards"])
+
+    @contextlib.contextmanager
+    def verifying(self) -> Iterator[Callable[..., None]]:
+        """Inside, all shards are hashed while the caller works; the call that is given waits for those it names.
+
+        Raises, here or in that call: UsageError naming a shard that is missing or differs from its hash.
+        """
+        expected = self.manifest["shards"]
+        for shard in expected:
+            if not (self.folder / shard).is_file():
+                raise UsageError(f"{self.folder / shard} is missing: make the checkpoint again")
+        hands = ThreadPoolExecutor()
+        found = {shard: hands.submit(sha256, self.folder / shard) for shard in expected}
+
+        def check(*shards: str) -> None:
+            for shard in shards:
+                if found[shard].result() != expected[shard]:
+                    path = self.folder / shard
                     raise UsageError(
                         f"{path} is damaged, its hash differs from the manifest: make the checkpoint again"
                     )
+
+        try:
+            yield check
+        finally:
+            hands.shutdown(cancel_futures=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
