@@ -61,25 +61,27 @@ def _convert(
     skeleton = _skeleton(source) if folding else None
     entries = {name: dict(entry) for name, entry in source.layers.items()}
     layer_seconds: list[float] = []
-    shards = sorted(source.manifest["shards"])
+    # what has no factors comes first: it is large, and is copied while layers are pivoted
+    shards = sorted(source.manifest["shards"], key=lambda shard: (shard != files.REST, shard))
     for shard in tqdm(shards, desc="pivot", unit="shard"):
         before = watch.seconds()
+        path, expected = source.folder / shard, source.manifest["shards"][shard]
+        if shard == files.REST and dtype == source.record["dtype"]:
+            if not writer.finished(shard):
+                writer.copy_behind(path, expected, lambda: check(*shards))
+            continue
         check(shard)
-        tensors = files.open_shard(source.folder / shard)
+        tensors = files.open_shard(path)
         here = {name: entry for name, entry in entries.items() if f"{name}.weight" in tensors}
         probe = skeleton.probe_of(here) if skeleton else None
-        unchanged = not here and dtype == source.record["dtype"]
         if writer.finished(shard):
             stored = files.open_shard(folder / shard)
         else:
-            stored = tensors if unchanged else pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
+            stored = pivot_tensors(tensors, here, device, models.DTYPES[dtype], probe)
             if here:
                 layer_seconds.append(round(watch.seconds() - before, 3))
             check(*shards)  # the first layer was pivoted meanwhile; nothing is made of a source that is damaged
-            if unchanged:
-                writer.copy_behind(source.folder / shard, source.manifest["shards"][shard])
-            else:
-                writer.write_behind(shard, stored)
+            writer.write_behind(shard, stored)
         note_entries(here, stored, foldable(probe, here))
     if folding and not any("folded" in entry for entry in entries.values()):
         log.warning("no linear of this model meets the next one channel by channel: nothing was folded")

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,8 +97,10 @@ class CheckpointWriter:
         self._resume = resume
         self._made: list[Path] = []  # folders that were not there before, from the innermost one
         self._held = contextlib.ExitStack()
-        self._hand = ThreadPoolExecutor(1, "write")
-        self._pending: Future[None] | None = None
+        self._hands = ThreadPoolExecutor(2, "write")
+        self._noting = threading.Lock()
+        self._written: Future[None] | None = None
+        self._copied: list[Future[None]] = []
 
     def __enter__(self) -> Self:
         flags_hash = self.manifest["flags"]
@@ -117,7 +120,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hand.shutdown()
+        self._hands.shutdown()
         with contextlib.ExitStack() as after:
             if self.manifest.keys() == {"flags", "shards"} and not self.manifest["shards"]:
                 after.callback(_remove_empty, self._made or [self.folder])
@@ -143,8 +146,9 @@ class CheckpointWriter:
         self._note(shard, sha256(self.folder / shard))
 
     def _note(self, shard: str, found: str) -> None:
-        self.manifest["shards"][shard] = found
-        write_json(self.folder / MANIFEST, self.manifest)
+        with self._noting:
+            self.manifest["shards"][shard] = found
+            write_json(self.folder / MANIFEST, self.manifest)
 
     def write_behind(self, shard: str, tensors: dict[str, Tensor]) -> None:
         """`write` while the caller goes on, once the shard before is written; `describe` waits for the last.
@@ -152,25 +156,33 @@ class CheckpointWriter:
         tensors: nobody may change them any more. Raises: what writing the shard before has raised.
         """
         stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-        self.flush()
-        self._pending = self._hand.submit(self.write, shard, stored)
+        self._finish_writing()
+        self._written = self._hands.submit(self.write, shard, stored)
 
-    def copy_behind(self, path: Path, found: str) -> None:
-        """As `write_behind`, of a shard that another folder has already, and its sha256."""
+    def copy_behind(self, path: Path, found: str, check: Callable[[], None]) -> None:
+        """Copy a shard that another folder has, while the caller goes on; `describe` waits for it.
+
+        found: its sha256; check: raises where that is not to be trusted, and is waited for behind, too.
+        """
 
         def copy() -> None:
+            check()
             with whole(self.folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
             self._note(path.name, found)
 
-        self.flush()
-        self._pending = self._hand.submit(copy)
+        self._copied.append(self._hands.submit(copy))
 
     def flush(self) -> None:
-        """Wait for what `write_behind` or `copy_behind` was given. Raises: what that has raised."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        """Wait for what is done behind. Raises: what that has raised."""
+        self._finish_writing()
+        while self._copied:
+            self._copied.pop().result()
+
+    def _finish_writing(self) -> None:
+        written, self._written = self._written, None
+        if written:
+            written.result()
 
     def settle(self, choices: dict[str, Any]) -> None:
         """Note what was chosen before the first shard, so that a later run goes on with the same."""
