@@ -24,6 +24,7 @@ from utils.channels import Junction, LayerProbe, Skeleton
 from utils.checkpoint import Checkpoint, CheckpointWriter
 from utils.endings import one_line_endings
 from utils.errors import UsageError
+from utils.placement import wake
 
 log = logging.getLogger("pifa")
 
@@ -60,6 +61,7 @@ def _convert(
     folder, device, folding = writer.folder, watch.device, options.fold
     skeleton = _skeleton(source) if folding else None
     entries = {name: dict(entry) for name, entry in source.layers.items()}
+    wake(device)  # while the source is hashed
     layer_seconds: list[float] = []
     # what has no factors comes first: it is large, and is copied while layers are pivoted
     shards = sorted(source.manifest["shards"], key=lambda shard: (shard != files.REST, shard))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BLOCKS, LEAST_BLOCK = 4, 128  # of a symmetric product, and channels of a block: more and smaller ones are slower
+
 
 @dataclass
 class Moments:
@@ -30,6 +32,24 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     left: (..., m), right: (..., n), any float dtype; total: (m, n) float64 or None for zero.
     """
     product = left.flatten(0, -2).float().T @ right.flatten(0, -2).float()
+    return product.double() if total is None else total.add_(product)
+
+
+def add_gram(total: Tensor | None, x: Tensor, weighted: Tensor | None = None) -> Tensor:
+    """total + x^T W x with W the tokens' weights, as by `add_product`, for little more than half of the products.
+
+    x, weighted: (..., d), any float dtype, weighted = W x or None where all weights are 1; total: (d, d) float64 or
+    None for zero. Of the sum, which is symmetric, blocks above the diagonal are copies of those below.
+    """
+    left = x.flatten(0, -2).float()
+    right = left if weighted is None else weighted.flatten(0, -2).float()
+    size = left.shape[1]
+    step = max(-(-size // BLOCKS), LEAST_BLOCK)
+    product = left.new_empty(size, size)
+    for start in range(0, size, step):
+        here = slice(start, min(start + step, size))
+        torch.mm(left[:, here].T, right[:, : here.stop], out=product[here, : here.stop])
+        product[:start, here] = product[here, :start].T
     return product.double() if total is None else total.add_(product)
 
 

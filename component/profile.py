@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from component.linalg import packed, unpacked
-from component.moments import add_product, full_precision
+from component.moments import add_gram, full_precision
 from component.parts import Parts
 from component.reduction import channel_curve, head_curve
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
@@ -223,10 +223,10 @@ class _Seen:
             {name: rows.flatten(0, -2)[:: self.thinning] for name, rows in part.items()} for part in (inputs, gradients)
         )
         for name, x in inputs.items():
-            self.input_grams[name] = add_product(self.input_grams.get(name), x, x)
+            self.input_grams[name] = add_gram(self.input_grams.get(name), x)
             self._keep(f"{name}.input", x)
         for name, g in gradients.items():
-            self.output_grams[name] = add_product(self.output_grams.get(name), g, g)
+            self.output_grams[name] = add_gram(self.output_grams.get(name), g)
             self._keep(name, g)
 
     def sample(self, name: str) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from component.forms import FACTORS, MATRIX, WIDE, WIDE_OUTER, Form, chosen, pac
 from component.gptq import Feedback, Grid, Quantized, expected_losses, feedback_of, gptq, round_to_nearest
 from component.gptq_product import expected_loss, refit, round_product
 from component.lockstep import lockstep
-from component.moments import Moments, add_product, full_precision
+from component.moments import Moments, add_gram, add_product, full_precision
 from component.packed import PackedLinear
 from component.reconstruction import target_moment
 from component.streaming import advance
@@ -108,7 +108,7 @@ def forms_of(
         grams: dict[str, Tensor] = {}
 
         def see(name: str, x: Tensor, _y: Tensor, grams: dict[str, Tensor] = grams) -> None:
-            grams[name] = add_product(grams.get(name), x, x)
+            grams[name] = add_gram(grams.get(name), x)
 
         with held.filled(names.name, device) as layer, full_precision():
             kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
@@ -244,7 +244,7 @@ def _quantize_layer(
         for group in groups:
             moments = Moments()
             for before, now in zip(float_flow.at(group[0]), flow.at(group[0]), strict=True):
-                moments.gram = add_product(moments.gram, now.x, now.x)
+                moments.gram = add_gram(moments.gram, now.x)
                 moments.cross = add_product(moments.cross, before.x, now.x)
                 if before.stream is not None and now.stream is not None:
                     moments.drift = add_product(moments.drift, before.stream - now.stream, now.x)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from component.budget import Channels, Plan
 from component.linear import LowRankLinear
 from component.lockstep import Stop, lockstep
-from component.moments import Moments, add_magnitude, add_product, full_precision
+from component.moments import Moments, add_gram, add_magnitude, add_product, full_precision
 from component.parallel import Team
 from component.refinement import refine_layer
 from component.solvers import Solver
@@ -250,7 +250,7 @@ def add_moments(
     if solver.needs_dense_flow and start < flows.whitening:
         x = rows(dense.x, flows.whitening)
         if solver.needs_dense_gram:
-            moments.dense_gram = add_product(moments.dense_gram, x, x)
+            moments.dense_gram = add_gram(moments.dense_gram, x)
         if solver.needs_dense_magnitude:
             moments.dense_magnitude = add_magnitude(moments.dense_magnitude, x)
     if low_rank is None or start >= flows.reconstruction:
@@ -259,7 +259,7 @@ def add_moments(
     if weights is not None:
         part = weights[start : start + len(x_low_rank)]
         weighted = x_low_rank * part[..., None].to(x_low_rank.device, x_low_rank.dtype)
-    moments.gram = add_product(moments.gram, x_low_rank, weighted)
+    moments.gram = add_gram(moments.gram, x_low_rank, None if weights is None else weighted)
     if solver.needs_cross:
         moments.cross = add_product(moments.cross, rows(dense.x, flows.reconstruction), weighted)
     if dense.stream is not None and low_rank.stream is not None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from component.moments import add_magnitude, add_product, full_precision
+from component import moments
+from component.moments import add_gram, add_magnitude, add_product, full_precision
 from tests.tiny import rand, relative
 
 
@@ -16,6 +17,22 @@ def test_batches_add_up_to_the_whole(batch, dtype):
         total = add_product(total, part_left, part_right)
     assert total.dtype == torch.float64
     assert relative(total, left.reshape(35, 4).double().T @ right.reshape(35, 3).double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 5, 8, 13])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_gram_matrix_is_the_product_by_blocks(weighs, size, dtype, monkeypatch):
+    monkeypatch.setattr(moments, "LEAST_BLOCK", 2)
+    x = rand(5, 7, size).to(dtype)
+    w = (2.0 ** (torch.arange(35) % 3 - 1)).view(5, 7, 1).to(dtype)  # exact in every dtype
+    total, expected = None, torch.zeros(size, size, dtype=torch.float64)
+    for number, part in enumerate(x.split(1)):
+        weighted = part * w[number] if weighs else part
+        total = add_gram(total, part, weighted if weighs else None)
+        expected += part.reshape(7, size).double().T @ weighted.reshape(7, size).double()
+    assert total.dtype == torch.float64
+    assert relative(total, expected) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,7 +25,9 @@ def stays_on_card(size: int, free: int) -> bool:
 
 
 def wake(device: torch.device) -> None:
-    """Let a card's libraries be loaded, so that the host memory that they take can be seen."""
+    """Let a card's libraries be loaded: the host memory that they take can be seen then, and the first layer is not
+    what waits for them.
+    """
     if device.type != "cuda":
         return
     for dtype in (torch.float16, torch.float32, torch.float64):

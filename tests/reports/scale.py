@@ -114,7 +114,7 @@ def panels_of(rows: list[dict]) -> list[Panel]:
             lines[name] = [(row[size], row["m"]) for row in mine]
             if count == 1:  # pifa is always one process
                 lines["--mode pifa"] = [(row[size], row["pifa"]) for row in mine]
-        panels.append(Panel(f"{rows[0][other]} {other}", size, "seconds", lines))
+        panels.append(Panel(f"{rows[0][other]} {other}", size, "seconds", lines, to_scale=True))
     return panels
 
 
