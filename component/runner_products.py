@@ -12,6 +12,10 @@ from component.runner_kernels import Coefficients, Scratch
 from component.runner_launch import is_hopper, launch_options, multiprocessors, precision, start_in_turn
 
 VECTOR = 8  # numbers that a thread reads at once
+MOST_ROWS, LEAST_ROWS = 64, 16  # of a matrix, that one program computes
+LONG, VERY_LONG = 2048, 8192  # rows of so many numbers may be shared: then programs wait for each other at the end
+LEAST_OF_LONG, LEAST_OF_VERY_LONG = 28, 48  # rows that a program should have, for x is read by all of them
+MOST_SPLITS, LEAST_PIECE = 6, 512  # of a row
 
 
 @triton.jit
@@ -57,13 +61,13 @@ def _vector_kernel(
     tl.store(z + zc + rows, tl.sum(acc, 1).to(z.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["share"])  # ranks differ from layer to layer, and every constant is compiled for
 def _matrix_kernel(
-    x, z, partial, arrivals, sx, sz, t, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2,
-    GROUPS: tl.constexpr, BT: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, z, partial, arrivals, sx, sz, t, share, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2,
+    GROUPS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLITS: tl.constexpr, TALL_X: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to BT rows of x and ROWS of the weights, of the BN that a tile has; SPLITS programs may share k.
+    """Up to BT rows of x and `share` of the weights, of the BN that a tile has; SPLITS programs may share k.
 
     The tall operand of the dot, which needs 64 rows to run on all of a tensor core, are the weights or x.
     """
@@ -79,9 +83,9 @@ def _matrix_kernel(
         if g == 2:
             w = w2
     place = tl.arange(0, BN)
-    rows = (pid - first) * ROWS + place
+    rows = (pid - first) * share + place
     tokens = tl.arange(0, BT)
-    inside = (place < ROWS) & (rows < n)
+    inside = (place < share) & (rows < n)
     each = tl.cdiv(tl.cdiv(k, SPLITS), BK) * BK
     begin = piece * each
     end = tl.minimum(begin + each, k)
@@ -127,21 +131,15 @@ class Tiling(NamedTuple):
     splits: int
 
 
-MOST_ROWS, LEAST_ROWS = 64, 16
-LONG, VERY_LONG = 2048, 8192  # rows of so many numbers may be shared: then programs wait for each other at the end
-LEAST_SHARED, LEAST_VERY_LONG = 28, 48  # rows that a program should have, for x is read by all of them
-LEAST_PIECE = 512
-
-
 def matrix_tiling(counts: Sequence[int], k: int, programs: int) -> Tiling:
     """How to cut products of `counts` rows of k numbers, so that `programs` that run at a time all have the same to do.
 
     On an H100, a product whose last programs are few takes up to a fifth longer.
     """
-    splits, wanted = 1, LEAST_VERY_LONG if k >= VERY_LONG else LEAST_SHARED
-    if k >= LONG:
-        while _rows_each(counts, programs // splits) < wanted and k // (splits + 1) >= LEAST_PIECE and splits < 6:
-            splits += 1
+    splits, wanted = 1, LEAST_OF_VERY_LONG if k >= VERY_LONG else LEAST_OF_LONG
+    most = min(MOST_SPLITS, k // LEAST_PIECE) if k >= LONG else 1
+    while splits < most and _rows_each(counts, programs // splits) < wanted:
+        splits += 1
     waves = 1
     while _rows_each(counts, waves * programs // splits) > MOST_ROWS:
         waves += 1
@@ -178,8 +176,8 @@ def small_products(x: Tensor, products: list[Coefficients], z: Tensor, scratch: 
         cols, stages = 128, 2
     programs, numbers = _groups(products, rows)
     _matrix_kernel[(programs, splits)](
-        x, z, *scratch, x.stride(0), z.stride(0), tokens, *numbers, GROUPS=groups,
-        BT=64 if tall_x else 16 if tokens <= 16 else 32, ROWS=rows, BN=triton.next_power_of_2(rows), BK=cols,
+        x, z, *scratch, x.stride(0), z.stride(0), tokens, rows, *numbers, GROUPS=groups,
+        BT=64 if tall_x else 16 if tokens <= 16 else 32, BN=triton.next_power_of_2(rows), BK=cols,
         SPLITS=splits, TALL_X=tall_x, PRECISION=precision(x), STAGES=stages, num_warps=4, **launch_options(tokens),
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from utils.errors import UsageError
 log = logging.getLogger("pifa")
 
 BEGINNING = 16  # tokens of a given text that a row starts with
-MOST_AT_ONCE = {"cuda": 512, "cpu": 32}  # rows
+MOST_ON_GPU, MOST_ON_CPU = 512, 32  # rows at once
 MEMORY_SHARE = 4  # the cache takes at most this part of the free memory
 
 
@@ -77,14 +77,13 @@ def continued(model: Any, started: Tensor, length: int, seed: int) -> Tensor:
 
 
 def _fitting(model: Any, length: int, device: torch.device) -> int:
-    most = MOST_AT_ONCE["cuda" if device.type == "cuda" else "cpu"]
     if device.type != "cuda":
-        return most
+        return MOST_ON_CPU
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * size * length * next(model.parameters()).element_size()
-    return max(1, min(most, torch.cuda.mem_get_info(device)[0] // MEMORY_SHARE // row))
+    return max(1, min(MOST_ON_GPU, torch.cuda.mem_get_info(device)[0] // MEMORY_SHARE // row))
 
 
 def _lean_writer(model: Any, at_once: int, length: int, seed: int) -> Callable[[Tensor], Tensor] | None:
