@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python -m tests.reports.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .

@@ -224,16 +224,16 @@ def test_what_passes_hold_while_they_wait_is_what_is_estimated(waiting):
     hidden, keywords = layer_inputs(model, windows)
     layer, groups = model.get_submodule(described[0].name), described[0].groups
 
-    def storages() -> dict[int, int]:
+    def storages() -> dict[int, torch.UntypedStorage]:
         gc.collect()
-        tensors = (one for one in gc.get_objects() if isinstance(one, torch.Tensor))
-        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        found = (one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor))
+        return {storage.data_ptr(): storage for storage in found}
 
-    before = storages()
+    before = storages()  # they are kept: what goes would leave its place to what comes
     with lockstep(layer, {group[0]: None for group in groups}, hidden.split(1), keywords[0], waiting) as flow:
         for number, group in enumerate(groups):
             assert sum(stop.windows for stop in flow.at(group[0])) == 4
-            held = sum(size for key, size in storages().items() if key not in before)
+            held = sum(storage.nbytes() for key, storage in storages().items() if key not in before)
             expected = waiting * 64 * waiting_numbers(shapes, number) * shapes.size
             assert 0.8 * expected <= held <= 1.2 * expected
 
