@@ -24,12 +24,8 @@ def _select(g, a0, a1, a2):
 
 
 @triton.jit
-def _vector_kernel(
-    x, z, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2,
-    GROUPS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One row of x: every program reads BN whole rows of one weight, the next tile always on its way."""
-    pid = tl.program_id(0)
+def _group_of(pid, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2, GROUPS: tl.constexpr):
+    """Of a program's product: the weight, how many rows of how many numbers, columns of x and z, its first program."""
     w, n, k, xc, zc, first = w0, n0, k0, x0, z0, 0
     if GROUPS > 1:
         g = (pid >= p1).to(tl.int32) + (pid >= p2).to(tl.int32)
@@ -39,6 +35,19 @@ def _vector_kernel(
             w = w1
         if g == 2:
             w = w2
+    return w, n, k, xc, zc, first
+
+
+@triton.jit
+def _vector_kernel(
+    x, z, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2,
+    GROUPS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row of x: every program reads BN whole rows of one weight, the next tile always on its way."""
+    pid = tl.program_id(0)
+    w, n, k, xc, zc, first = _group_of(
+        pid, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2, GROUPS
+    )  # fmt: skip
     rows = (pid - first) * BN + tl.arange(0, BN)
     inside = rows < n
     cols = tl.arange(0, BK)
@@ -73,15 +82,9 @@ def _matrix_kernel(
     """
     pid = tl.program_id(0)
     piece = tl.program_id(1)
-    w, n, k, xc, zc, first = w0, n0, k0, x0, z0, 0
-    if GROUPS > 1:
-        g = (pid >= p1).to(tl.int32) + (pid >= p2).to(tl.int32)
-        n, k, xc, zc = _select(g, n0, n1, n2), _select(g, k0, k1, k2), _select(g, x0, x1, x2), _select(g, z0, z1, z2)
-        first = _select(g, 0, p1, p2)
-        if g == 1:
-            w = w1
-        if g == 2:
-            w = w2
+    w, n, k, xc, zc, first = _group_of(
+        pid, w0, w1, w2, n0, n1, n2, k0, k1, k2, x0, x1, x2, z0, z1, z2, p1, p2, GROUPS
+    )  # fmt: skip
     place = tl.arange(0, BN)
     rows = (pid - first) * share + place
     tokens = tl.arange(0, BT)
