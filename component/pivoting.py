@@ -185,8 +185,7 @@ def common_rows(us: list[Tensor]) -> Tensor:
 def coefficients_of(u: Tensor, rows: Tensor) -> Tensor:
     """C = u[J] u[I]^-1 with I the first r of `rows` and J the rest; not finite where u[I] is singular."""
     rank = u.shape[1]
-    # as u[I]^T C^T = u[J]^T: with the unknown on the left, a GPU takes routines made for many small systems
-    return torch.linalg.solve_ex(u[rows[:rank]].mT, u[rows[rank:]].mT).result.mT.contiguous()
+    return torch.linalg.solve_ex(u[rows[:rank]], u[rows[rank:]], left=False).result
 
 
 def _largest(coefficients: Tensor) -> float:

@@ -245,7 +245,7 @@ def _probe(vocabulary: int, length: int) -> Tensor:
     """Words from all over the vocabulary: (1, length) int64. Its first ones are marks that a model has hardly seen, and
     what it makes of them is mostly rounding in bfloat16.
     """
-    return (torch.arange(1, length + 1) * (vocabulary // (length + 1)) % vocabulary)[None]
+    return (torch.arange(1, length + 1) * (vocabulary // (length + 1)))[None]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -1,5 +1,7 @@
 """Rotary embedding into the cache, and one token's attention over it. For a GPU."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -72,14 +74,11 @@ def rotate_and_store(
     keys, values = cache
     batch, tokens = len(keys), len(z)
     q = z.new_empty(batch, tokens // batch, heads.queries, heads.size)
-    starts, norms = _starts(layout), (z, z) if heads.query_norm is None else (heads.query_norm, heads.key_norm)
+    given, firsts, constants = _given(z, layout, heads)
     few = tokens <= SMALL_BATCH
     _rotate_kernel[(triton.cdiv(tokens, 1 if few else 16), heads.queries + 2 * heads.keys)](
-        z, layout.columns, z if layout.bias is None else layout.bias, *norms, *rotary, position, q, keys, values,
-        tokens, tokens // batch, z.stride(0),
-        *((0, 0) if starts is None else starts[1:]), keys.stride(0), keys.stride(1), heads.eps,
-        HQ=heads.queries, HK=heads.keys, D=heads.size, HALF=triton.next_power_of_2(heads.size // 2),
-        GATHER=starts is None, BIAS=layout.bias is not None, NORM=heads.query_norm is not None, BT=1 if few else 16,
+        *given, *rotary, position, q, keys, values, tokens, tokens // batch, z.stride(0), *firsts, keys.stride(0),
+        keys.stride(1), heads.eps, **constants, HALF=triton.next_power_of_2(heads.size // 2), BT=1 if few else 16,
         num_warps=1 if few else 4, **launch_options(tokens),
     )  # fmt: skip
     return q
@@ -264,18 +263,22 @@ def decode_attention(
     splits = min(splits, len(scratch.partial) // (pairs * 2 * group * (half + 1)) or 1)
     if z.dtype.itemsize == 4:
         rows = 32
-    starts, norms = _starts(layout), (z, z) if heads.query_norm is None else (heads.query_norm, heads.key_norm)
+    given, firsts, constants = _given(z, layout, heads)
     _decode_kernel[(pairs, splits)](
-        z, layout.columns, z if layout.bias is None else layout.bias, *norms, *rotary, position, keys, values, out,
-        *scratch, z.stride(0), *((0, 0) if starts is None else starts[1:]), keys.stride(0), keys.stride(1), scale,
-        heads.eps, HQ=heads.queries, HK=heads.keys, D=heads.size, HALF=half, BG=group, BL=rows,
-        SPLITS=splits, AHEAD=splits > 1, GATHER=starts is None, BIAS=layout.bias is not None,
-        NORM=heads.query_norm is not None, PRECISION=precision(z), num_warps=warps, num_stages=stages,
-        **launch_options(len(keys)),
+        *given, *rotary, position, keys, values, out, *scratch, z.stride(0), *firsts, keys.stride(0), keys.stride(1),
+        scale, heads.eps, **constants, HALF=half, BG=group, BL=rows, SPLITS=splits, AHEAD=splits > 1,
+        PRECISION=precision(z), num_warps=warps, num_stages=stages, **launch_options(len(keys)),
     )  # fmt: skip
     return out
 
 
-def _starts(layout: Layout) -> tuple[int, ...] | None:
-    """The first columns of q, k and v, where q's is 0."""
-    return layout.starts if layout.starts is not None and layout.starts[0] == 0 else None
+def _given(z: Tensor, layout: Layout, heads: Heads) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """What both kernels are told of z: tensors from z to key_norm, the first columns of k and v, constants."""
+    starts = layout.starts if layout.starts is not None and layout.starts[0] == 0 else None  # q first, all whole
+    norms = (z, z) if heads.query_norm is None else (heads.query_norm, heads.key_norm)
+    constants = {
+        "HQ": heads.queries, "HK": heads.keys, "D": heads.size,
+        "GATHER": starts is None, "BIAS": layout.bias is not None, "NORM": heads.query_norm is not None,
+    }  # fmt: skip
+    tensors = (z, layout.columns, z if layout.bias is None else layout.bias, *norms)
+    return tensors, (0, 0) if starts is None else starts[1:], constants

@@ -1,6 +1,6 @@
 """Products of at most 32 tokens: a decode step is bound by reading their weights once. For a GPU."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +134,8 @@ class Tiling(NamedTuple):
     splits: int
 
 
-def matrix_tiling(counts: Sequence[int], k: int, programs: int) -> Tiling:
+@functools.cache  # every launch asks
+def matrix_tiling(counts: tuple[int, ...], k: int, programs: int) -> Tiling:
     """How to cut products of `counts` rows of k numbers, so that `programs` that run at a time all have the same to do.
 
     On an H100, a product whose last programs are few takes up to a fifth longer.
@@ -144,12 +145,12 @@ def matrix_tiling(counts: Sequence[int], k: int, programs: int) -> Tiling:
     while splits < most and _rows_each(counts, programs // splits) < wanted:
         splits += 1
     waves = 1
-    while _rows_each(counts, waves * programs // splits) > MOST_ROWS:
+    while (rows := _rows_each(counts, waves * programs // splits)) > MOST_ROWS:
         waves += 1
-    return Tiling(max(LEAST_ROWS, _rows_each(counts, waves * programs // splits)), splits)
+    return Tiling(max(LEAST_ROWS, rows), splits)
 
 
-def _rows_each(counts: Sequence[int], programs: int) -> int:
+def _rows_each(counts: tuple[int, ...], programs: int) -> int:
     """The least number of rows a program with which so many are enough, each for one of the products."""
     rows = triton.cdiv(sum(counts), programs)
     while sum(triton.cdiv(count, rows) for count in counts) > programs:
@@ -169,7 +170,7 @@ def small_products(x: Tensor, products: list[Coefficients], z: Tensor, scratch: 
         )
         return
     gpu = torch.cuda.is_available()
-    rows, splits = matrix_tiling([len(weight) for weight, _, _ in products], longest, multiprocessors(gpu))
+    rows, splits = matrix_tiling(tuple(len(weight) for weight, _, _ in products), longest, multiprocessors(gpu))
     tall_x = rows <= 32 and x.dtype.itemsize == 2
     if x.dtype.itemsize == 4:
         cols, stages = 64, 2

@@ -167,8 +167,8 @@ class CheckpointWriter:
 
         def copy() -> None:
             check()
-            with whole(self.folder / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+            self._copy(path)
+            (self.folder / path.name).chmod(0o644)  # as `write` leaves its shards
             self._note(path.name, found)
 
         self._copied.append(self._hands.submit(copy))
@@ -204,8 +204,11 @@ class CheckpointWriter:
         write_json(self.folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(self.folder / "config.json", config)
         for path in extra_files:
-            with whole(self.folder / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+            self._copy(path)
+
+    def _copy(self, path: Path) -> None:
+        with whole(self.folder / path.name) as temporary:
+            shutil.copyfile(path, temporary)
 
     def seal(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write the record, which marks the folder as finished; returns it with `finished_at`."""
