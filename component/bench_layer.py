@@ -16,7 +16,7 @@ from component.cost import LOW_RANK, PIVOTED
 from component.kernels import pifa_linear, pivoted_product
 from utils.errors import UsageError
 
-ALIGNED = 16  # numbers
+ALIGNED, TILE = 16, 64  # numbers
 COEFFICIENT_NORM = 3.5  # of a row of C, as pivoting real weights gives
 DENSE, LOW_RANK_SAME_RANK, LOW_RANK_SAME_DENSITY = "dense", "low-rank, same rank", "low-rank, same density"
 PUBLISHED, PIVOT_ORDER, NATURAL_ORDER = "PIFA, two index copies", "PIFA here, pivot order", "PIFA here"
@@ -26,9 +26,9 @@ TWO_FOUR, TWO_FOUR_CUTLASS = "2:4 cuSPARSELt", "2:4 CUTLASS"
 class Shape(NamedTuple):
     """A linear layer, and the rank that a pivoted one has.
 
-    Ranks at a density are rounded down to a multiple of 16: products with slices that start at odd places are several
-    times slower, whoever makes them, and what a comparison of formats should not measure. Layers of a checkpoint keep
-    the ranks they have.
+    Ranks at a density are rounded down to multiples of 64 or 16: products with slices that start at odd places are
+    several times slower, whoever makes them, and the last tile of others is mostly empty, which a comparison of formats
+    should not measure. Layers of a checkpoint keep the ranks they have.
     """
 
     d_out: int
@@ -59,8 +59,10 @@ class Shape(NamedTuple):
 
 
 def aligned(rank: int) -> int:
-    """The next multiple of 16 below; small ranks stay as they are."""
-    return rank - rank % ALIGNED if rank >= 2 * ALIGNED else rank
+    """The next multiple of 64 below if that is at most a hundredth less, else of 16; small ranks stay as they are."""
+    if rank < 2 * ALIGNED:
+        return rank
+    return rank - rank % (TILE if rank % TILE <= rank / 100 else ALIGNED)
 
 
 class Pivoted(NamedTuple):

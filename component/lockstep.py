@@ -8,7 +8,8 @@ passes of the other batches begin anew for every group: they come to the same, b
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ class _Abandoned(Exception):
 class _Pass:
     """One forward pass in a thread of its own. Only one thread runs at a time: the others wait for a semaphore."""
 
-    def __init__(self, run: Callable[[], Tensor], through: frozenset[str] = frozenset()):
+    def __init__(self, run: Callable[[], Tensor], threads: Executor, through: frozenset[str] = frozenset()):
         self._through = set(through)  # linears where it does not stop, for once
         self.windows = 0
         self.hidden: Tensor | None = None  # what the layer returned
@@ -43,8 +44,7 @@ class _Pass:
         self._error: BaseException | None = None
         self._abandoned = False
         self._may_run, self._has_stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._follow, args=(run,), daemon=True)
-        self._thread.start()
+        self._ended = threads.submit(self._follow, run)
 
     def go_on(self) -> Stop | None:
         """Run to the next stop; None where the pass is through."""
@@ -69,7 +69,7 @@ class _Pass:
     def abandon(self) -> None:
         self._abandoned = True
         self._may_run.release()
-        self._thread.join()
+        self._ended.result()
 
     def _follow(self, run: Callable[[], Tensor]) -> None:
         self._may_run.acquire()
@@ -88,16 +88,18 @@ class _Pass:
 class Lockstep:
     """All batches of one flow through one layer, stopped together at one linear after the other.
 
-    waiting: how many of the batches wait between stops, None for all.
+    threads: as many at least as batches that wait and one. waiting: how many of them wait between stops, None for all.
     """
 
     running: _Pass  # the one that is under way
 
-    def __init__(self, layer: nn.Module, batches: Iterable[Tensor], keywords: dict[str, Any], waiting: int | None):
-        self._layer = layer
+    def __init__(
+        self, layer: nn.Module, batches: list[Tensor], keywords: dict[str, Any], threads: Executor, waiting: int | None
+    ):
+        self._layer, self._threads = layer, threads
         device = next(layer.parameters()).device
         runs = [self._run(batch, device, keywords) for batch in batches]
-        self._waiting = [_Pass(run) for run in runs[:waiting]]
+        self._waiting = [_Pass(run, threads) for run in runs[:waiting]]
         self._others = runs[len(self._waiting) :]
         self._behind: frozenset[str] = frozenset()  # linears that all passes have reached
         self._anew: _Pass | None = None  # begun for the stop under way
@@ -137,7 +139,7 @@ class Lockstep:
             self.running = one
             yield one
         for run in self._others:
-            self.running = self._anew = _Pass(run, through)
+            self.running = self._anew = _Pass(run, self._threads, through)
             yield self._anew
             self._anew.abandon()
             del self.running  # and what it held
@@ -160,6 +162,7 @@ def lockstep(
     batches: Iterable[Tensor],
     keywords: dict[str, Any],
     waiting: int | None = None,
+    threads: Executor | None = None,
 ) -> Iterator[Lockstep]:
     """Passes of the batches through the layer, each stopping where it reaches one of the linears in `stops`.
 
@@ -167,10 +170,29 @@ def lockstep(
     None for none; batches: hidden states (windows, length, width) on any device, run on the layer's. A linear that
     has been replaced in the layer by the time a pass goes on is passed through in its new form. waiting: how many of
     the batches keep what they hold from stop to stop, None for all; the others run from the layer's start each time.
+    threads: what `pass_threads` gives, for layers that come one after the other: on a CPU, passes in new threads take a
+    fifth longer, since their memory and the helpers of their products are new as well.
     """
-    flow = Lockstep(layer, batches, keywords, waiting)
+    batches = list(batches)
+    with pass_threads(len(batches)) if threads is None else nullcontext(threads) as running:
+        flow = Lockstep(layer, batches, keywords, running, waiting)
+        with _stopping(layer, stops, flow):
+            try:
+                yield flow
+            finally:
+                flow.close()
 
-    def stopping(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+
+def pass_threads(batches: int, flows: int = 1) -> ThreadPoolExecutor:
+    """Threads for the passes of so many batches in each flow: all may wait, beside one that begins anew."""
+    return ThreadPoolExecutor(flows * (batches + 1))
+
+
+@contextmanager
+def _stopping(layer: nn.Module, stops: Mapping[str, str | None], flow: Lockstep) -> Iterator[None]:
+    """The layer's linears tell the flow when they are reached."""
+
+    def telling(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             flow.reached(name, x, stops[name])
             now = layer.get_submodule(name)
@@ -180,7 +202,7 @@ def lockstep(
 
     linears = {name: layer.get_submodule(name) for name in stops}
     for name, linear in linears.items():
-        linear.forward = stopping(name, linear)  # type: ignore[method-assign, assignment, arg-type]
+        linear.forward = telling(name, linear)  # type: ignore[method-assign, assignment, arg-type]
     handles = [
         layer.get_submodule(stream).register_forward_pre_hook(
             lambda _module, args, stream=stream: flow.running.streams.update({stream: args[0]})
@@ -189,9 +211,8 @@ def lockstep(
         if stream
     ]
     try:
-        yield flow
+        yield
     finally:
-        flow.close()
         for linear in linears.values():
             del linear.forward
         for handle in handles:

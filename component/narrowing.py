@@ -99,7 +99,7 @@ class Narrowing:
 
         The MLP sees what the narrow attention writes.
         """
-        dense, small, described, states, kwargs, dtype, first = layer
+        dense, small, described, states, kwargs, dtype, first, threads = layer
         part = self.parts[described.name]
         width, kept = widths[part.value], widths[part.down]
         stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
@@ -107,8 +107,8 @@ class Narrowing:
         batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
         finished: dict[str, nn.Module] = {}
         with (
-            lockstep(dense, stops, batches[0], kwargs, flows.waiting) as dense_flow,
-            lockstep(small, stops, batches[1], kwargs, flows.waiting) as flow,
+            lockstep(dense, stops, batches[0], kwargs, flows.waiting, threads) as dense_flow,
+            lockstep(small, stops, batches[1], kwargs, flows.waiting, threads) as flow,
         ):
             if width is not None:
                 moment, start = None, first

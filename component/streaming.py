@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from component.budget import Channels, Plan
 from component.linear import LowRankLinear
-from component.lockstep import Stop, lockstep
+from component.lockstep import Stop, lockstep, pass_threads
 from component.moments import Moments, add_gram, add_magnitude, add_product, full_precision
 from component.parallel import Team
 from component.refinement import refine_layer
@@ -104,26 +105,27 @@ def compress_layers(
     low_rank_states = copied(dense_states) if solver.needs_low_rank_flow else None
     before = copied(dense_states) if refinement and low_rank_states is not None else None  # the layer under way
 
-    for index, names in enumerate(tqdm(described, desc="compress", unit="layer", disable=not team.first)):
-        kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
-        ranks = {name: plan[f"{names.name}.{name}"] for name in names.linears()}
-        with source.filled(names.name, device) as dense, torch.no_grad(), full_precision():
-            small = copy.deepcopy(dense)
-            if not finished(index, small):
-                if before is not None and low_rank_states is not None:
-                    before.copy_(low_rank_states)
-                flow_states = dense_states, low_rank_states
-                layer = LayerAtWork(dense, small, names, flow_states, kwargs, dtype, first)
-                (narrowing or solve_layer)(layer, ranks, solver, flows, team)
-                del layer  # the next one needs its room
-                if refinement and before is not None and low_rank_states is not None:
-                    states = dense_states, before, low_rank_states
-                    _refine(dense, small, refinement, states, kwargs, flows.batch, names.name)
-            elif index + 1 < len(described):
-                advance(dense, dense_states, kwargs, flows.batch)
-                if low_rank_states is not None:
-                    advance(small, low_rank_states, kwargs, flows.batch)
-        yield index, small
+    with pass_threads(-(-len(windows) // flows.batch), flows=2) as threads:
+        for index, names in enumerate(tqdm(described, desc="compress", unit="layer", disable=not team.first)):
+            kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
+            ranks = {name: plan[f"{names.name}.{name}"] for name in names.linears()}
+            with source.filled(names.name, device) as dense, torch.no_grad(), full_precision():
+                small = copy.deepcopy(dense)
+                if not finished(index, small):
+                    if before is not None and low_rank_states is not None:
+                        before.copy_(low_rank_states)
+                    flow_states = dense_states, low_rank_states
+                    layer = LayerAtWork(dense, small, names, flow_states, kwargs, dtype, first, threads)
+                    (narrowing or solve_layer)(layer, ranks, solver, flows, team)
+                    del layer  # the next one needs its room
+                    if refinement and before is not None and low_rank_states is not None:
+                        states = dense_states, before, low_rank_states
+                        _refine(dense, small, refinement, states, kwargs, flows.batch, names.name)
+                elif index + 1 < len(described):
+                    advance(dense, dense_states, kwargs, flows.batch)
+                    if low_rank_states is not None:
+                        advance(small, low_rank_states, kwargs, flows.batch)
+            yield index, small
 
 
 class LayerAtWork(NamedTuple):
@@ -131,7 +133,7 @@ class LayerAtWork(NamedTuple):
 
     states: hidden states before it in the dense and the low-rank flow, None where the latter is not needed, which
     become those behind it; keywords: of its forward pass. first: number of the window that this process's states begin
-    with.
+    with. threads: for the passes of both flows (lockstep.py).
     """
 
     dense: nn.Module
@@ -141,6 +143,7 @@ class LayerAtWork(NamedTuple):
     keywords: dict[str, Any]
     dtype: torch.dtype
     first: int
+    threads: Executor
 
 
 def solve_layer(
@@ -156,14 +159,14 @@ def solve_layer(
     narrow: what takes a linear of which `ranks` says channels, given the moments of its input; it may put a stand-in
     for the passes that wait before it, and returns what belongs into the layer once they are through, by name.
     """
-    dense, small, described, states, kwargs, dtype, first = layer
+    dense, small, described, states, kwargs, dtype, first, threads = layer
     finished: dict[str, nn.Module] = {}
     groups = [group for group in described.groups if any(ranks[name] is not None for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
     batches = [[] if flow is None else list(flow.split(flows.batch)) for flow in states]
     with (
-        lockstep(dense, stops, batches[0], kwargs, flows.waiting) as dense_flow,
-        lockstep(small, stops, batches[1], kwargs, flows.waiting) as flow,
+        lockstep(dense, stops, batches[0], kwargs, flows.waiting, threads) as dense_flow,
+        lockstep(small, stops, batches[1], kwargs, flows.waiting, threads) as flow,
     ):
         for group in groups:
             moments = Moments()

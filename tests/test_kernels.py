@@ -342,14 +342,14 @@ def test_captured_in_a_graph(tokens):
 
 
 @needs_triton
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("columns", [64, 8192])
 @pytest.mark.parametrize("width", [3, 64, 300])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
-def test_columns_are_taken(triton, poisoned, monkeypatch, dtype, width, whole):
-    monkeypatch.setattr(triton, "WHOLE_ROW_BYTES", 1 << 15 if whole else 0)
+def test_columns_are_taken(triton, poisoned, monkeypatch, dtype, width, columns):
+    monkeypatch.setattr(triton, "COLUMNS", columns)
     perm = layer(D_IN, width, 1)[2]
-    for z in (given(6, width).to(dtype), given(6, width + 5).to(dtype)[:, 5:]):
-        for residual in (None, given(6, width, seed=1).to(dtype), given(width, seed=1).to(dtype), given(width, seed=1)):
+    for z in (given(7, width).to(dtype), given(7, width + 5).to(dtype)[:, 5:]):
+        for residual in (None, given(7, width, seed=1).to(dtype), given(width, seed=1).to(dtype), given(width, seed=1)):
             wanted = z[:, perm.long()] if residual is None else z[:, perm.long()] + residual
             for index in (perm, perm.long()):
                 found = reorder(z, index, residual)

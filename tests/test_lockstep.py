@@ -4,6 +4,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,16 +131,28 @@ def test_two_flows_go_side_by_side(waiting):
 
 def test_only_passes_that_do_not_wait_run_again_and_they_keep_nothing():
     layer, described, batches, keywords = second_layer("llama-gqa")
-    stops, alive = stops_of(described), threading.active_count()
-    seen: list[int] = []
+    stops, seen = stops_of(described), list[int]()
     layer.get_submodule("input_layernorm").register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
     with lockstep(layer, stops, batches, keywords, 1) as flow:
         for linear in stops:
             inputs = [weakref.ref(stop.x) for stop in flow.at(linear)]
             assert [x() is not None for x in inputs] == [True, False, False]
-            assert threading.active_count() == alive + 1
         list(flow.outputs())
     assert seen == BATCHES + len(stops) * BATCHES[1:]
+
+
+def test_the_next_layers_passes_run_in_the_same_threads():
+    layer, described, batches, keywords = second_layer("llama-gqa")
+    stops, used = stops_of(described), [set[int]() for _ in range(2)]
+    with ThreadPoolExecutor(len(batches)) as threads:  # all of them are needed at once
+        for idents in used:
+            hook = layer.register_forward_pre_hook(lambda *_, idents=idents: idents.add(threading.get_ident()))
+            with lockstep(layer, stops, batches, keywords, threads=threads) as flow:
+                for linear in stops:
+                    list(flow.at(linear))
+                list(flow.outputs())
+            hook.remove()
+    assert used[0] == used[1] and len(used[0]) == len(batches)
 
 
 def test_without_stops_it_is_a_plain_forward_pass():

@@ -1,5 +1,6 @@
 """utils/timing.py: what is called how often and in which order, and what is made of the times."""
 
+import collections
 import gc
 import itertools
 import weakref
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_calls_take_turns_and_the_median_counts(monkeypatch):
-    """One call each to warm up, one to see how long a round takes, then rounds in the same order."""
+    """One call each to warm up, one to see how long a round takes, then rounds."""
     made, taken = [], {"a": itertools.count(1), "b": itertools.chain([7.0, 9.0, 100.0], itertools.repeat(8.0))}
 
     def clocked(call, _device):
@@ -27,7 +28,7 @@ def test_calls_take_turns_and_the_median_counts(monkeypatch):
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 5)
     calls = {name: lambda name=name: made.append(name) for name in "ab"}
     found = timing.interleaved_medians(calls, CPU, seconds=0)
-    assert made == ["a", "b"] * 7
+    assert made == list("abab" + "ab" + "ba" + "ba" + "ab" + "ab")
     assert found == {"a": 4.0, "b": 8.0}  # of 2..6, and of 9, 100, 8, 8, 8: the round before is not among them
 
 
@@ -38,6 +39,18 @@ def test_rounds_fill_the_time_but_have_bounds():
     made.clear()
     timing.interleaved_medians({"a": lambda: made.append(0)}, CPU, seconds=0)
     assert len(made) == 2 + timing.LEAST_ROUNDS
+    made.clear()
+    many = timing.LEAST_ROUNDS + 2
+    timing.interleaved_medians({str(i): lambda: made.append(0) for i in range(many)}, CPU, seconds=0)
+    assert len(made) == (2 + many) * many
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
+def test_every_call_follows_every_other_equally_often(count):
+    rounds = [timing.turns(number, count) for number in range(count if count % 2 == 0 else 2 * count)]
+    assert all(sorted(order) == list(range(count)) for order in rounds)
+    pairs = collections.Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert len(pairs) == count * (count - 1) and len(set(pairs.values())) <= 1
 
 
 def test_timed_calls_once():

@@ -1,9 +1,11 @@
 """How long calls take and how much memory they need, and what the machine can do at best.
 
-Calls that are compared are timed in turn, A B C A B C, so that clocks and heat change for all alike, and the median
-is taken. On CUDA they queue up, so that the host launches one while another runs, as it does in a model. Short CUDA
-calls are captured in a graph over several copies of their weights: one call is then as long as its kernels, and no
-weight comes out of the cache because the call before left it there.
+Calls that are compared are timed in turn, so that clocks and heat change for all alike, and the median is taken. Turns
+are such that every call comes as often after each of the others: a card at its power limit lends a call that follows a
+pass through memory a higher clock than one that follows a large product. On CUDA calls queue up, so that the host
+launches one while another runs, as it does in a model. Short CUDA calls are captured in a graph over several copies of
+their weights: one call is then as long as its kernels, and no weight comes out of the cache because the call before
+left it there.
 """
 
 import statistics
@@ -53,8 +55,8 @@ def measure_limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.
 def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0) -> dict[str, float]:
     """Median seconds of each call, over rounds in which every call runs once.
 
-    seconds: about how long the rounds take together; at least three are made. On CUDA the cache is overwritten before
-    every call, and times are those of the device's own clock.
+    seconds: about how long the rounds take together; at least three are made, and as many as there are calls. On CUDA
+    the cache is overwritten before every call, and times are those of the device's own clock.
     """
     for call in calls.values():
         call()
@@ -62,14 +64,24 @@ def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds
     for call in calls.values():
         timed(call, device)
     once = time.perf_counter() - began
-    rounds = min(max(int(seconds / max(once, 1e-9)), LEAST_ROUNDS), MOST_ROUNDS)
+    rounds = min(max(int(seconds / max(once, 1e-9)), LEAST_ROUNDS, len(calls)), MOST_ROUNDS)
     flush = cache_flusher(device)
     found: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+    names = list(calls)
+    for number in range(rounds):
+        for place in turns(number, len(names)):
             flush()
-            found[name].append(clocked(call, device))
+            found[names[place]].append(clocked(calls[names[place]], device))
     return {name: statistics.median(seconds() for seconds in clocks) for name, clocks in found.items()}
+
+
+def turns(number: int, count: int) -> list[int]:
+    """The order of `count` calls in a round: over `count` rounds, of an odd count twice that, all pairs of neighbours
+    come equally often (E. J. Williams, "Experimental designs balanced for the estimation of residual effects", 1949).
+    """
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2
+    order = [(step + number) % count for step in zigzag]
+    return order if number // count % 2 == 0 else order[::-1]
 
 
 def timed(call: Call, device: torch.device) -> float:
