@@ -1,6 +1,5 @@
 """utils/timing.py: what is called how often and in which order, and what is made of the times."""
 
-import collections
 import gc
 import itertools
 import weakref
@@ -15,21 +14,42 @@ from utils import timing
 CPU = torch.device("cpu")
 
 
-def test_calls_take_turns_and_the_median_counts(monkeypatch):
-    """One call each to warm up, one to see how long a round takes, then rounds."""
-    made, taken = [], {"a": itertools.count(1), "b": itertools.chain([7.0, 9.0, 100.0], itertools.repeat(8.0))}
+@pytest.fixture
+def made(monkeypatch):
+    """The calls that are timed, by name, in their order; each takes as many seconds as there were calls of it."""
+    made: list[str] = []
 
     def clocked(call, _device):
         call()
-        seconds = float(next(taken[made[-1]]))
+        seconds = float(made.count(made[-1]) - 1)  # one was the warm-up
         return lambda: seconds
 
     monkeypatch.setattr(timing, "clocked", clocked)
+    return made
+
+
+def named(made, names):
+    return {name: lambda name=name: made.append(name) for name in names}
+
+
+def test_calls_take_turns_and_the_median_counts(monkeypatch, made):
+    """One call each to warm up, one to see how long it takes, then rounds, in each of which every call comes once."""
     monkeypatch.setattr(timing, "LEAST_ROUNDS", 5)
-    calls = {name: lambda name=name: made.append(name) for name in "ab"}
-    found = timing.interleaved_medians(calls, CPU, seconds=0)
-    assert made == list("abab" + "ab" + "ba" + "ba" + "ab" + "ab")
-    assert found == {"a": 4.0, "b": 8.0}  # of 2..6, and of 9, 100, 8, 8, 8: the round before is not among them
+    found = timing.interleaved_medians(named(made, "abc"), CPU, seconds=0)
+    assert made[:6] == list("abcabc") and len(made) == 21
+    rounds = [tuple(made[start : start + 3]) for start in range(6, 21, 3)]
+    assert all(sorted(order) == list("abc") for order in rounds) and len(set(rounds)) > 1
+    assert found == {"a": 4.0, "b": 4.0, "c": 4.0}  # of 2 to 6: the calls before the rounds are not among them
+
+
+def test_a_turn_is_many_calls_of_which_the_last_two_thirds_count(monkeypatch, made):
+    monkeypatch.setattr(timing, "TURN_SECONDS", {"cpu": 6.0})
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 1)
+    found = timing.interleaved_medians(named(made, "ab"), CPU, seconds=0)
+    assert [(name, len(list(turn))) for name, turn in itertools.groupby(made[4:])] in (
+        [("a", 6), ("b", 6)], [("b", 6), ("a", 6)],
+    )  # fmt: skip
+    assert found == {"a": 5.5, "b": 5.5}  # of 2 to 7
 
 
 def test_rounds_fill_the_time_but_have_bounds():
@@ -39,18 +59,6 @@ def test_rounds_fill_the_time_but_have_bounds():
     made.clear()
     timing.interleaved_medians({"a": lambda: made.append(0)}, CPU, seconds=0)
     assert len(made) == 2 + timing.LEAST_ROUNDS
-    made.clear()
-    many = timing.LEAST_ROUNDS + 2
-    timing.interleaved_medians({str(i): lambda: made.append(0) for i in range(many)}, CPU, seconds=0)
-    assert len(made) == (2 + many) * many
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
-def test_every_call_follows_every_other_equally_often(count):
-    rounds = [timing.turns(number, count) for number in range(count if count % 2 == 0 else 2 * count)]
-    assert all(sorted(order) == list(range(count)) for order in rounds)
-    pairs = collections.Counter(pair for order in rounds for pair in itertools.pairwise(order))
-    assert len(pairs) == count * (count - 1) and len(set(pairs.values())) <= 1
 
 
 def test_timed_calls_once():

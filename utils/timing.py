@@ -1,13 +1,14 @@
 """How long calls take and how much memory they need, and what the machine can do at best.
 
-Calls that are compared are timed in turn, so that clocks and heat change for all alike, and the median is taken. Turns
-are such that every call comes as often after each of the others: a card at its power limit lends a call that follows a
-pass through memory a higher clock than one that follows a large product. On CUDA calls queue up, so that the host
-launches one while another runs, as it does in a model. Short CUDA calls are captured in a graph over several copies of
-their weights: one call is then as long as its kernels, and no weight comes out of the cache because the call before
-left it there.
+Calls that are compared are timed in turn, so that clocks and heat change for all alike, and the median is taken. On
+CUDA a turn is many calls in a row: a card at its power limit lends a product that follows a pass through memory a
+higher clock for a while, and what counts is the clock that a call keeps in the company of its like, as in a model.
+Calls queue up there, so that the host launches one while another runs. Short CUDA calls are captured in a graph over
+several copies of their weights: one call is then as long as its kernels, and no weight comes out of the cache because
+the call before left it there.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,8 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 50
+LEAST_ROUNDS, MOST_ROUNDS = 4, 50
+TURN_SECONDS, MOST_IN_A_TURN = {"cuda": 0.2, "cpu": 0.0}, 50  # as many calls as fill the time
 WARM_UPS = 3  # of a call before it is captured: libraries choose their kernels and workspaces then
 L2_SHARE = 4  # copies of the weights take this many times the cache
 MATMUL_SIZES = {"cuda": (8192, 16384), "cpu": (1024,)}
@@ -53,35 +55,31 @@ def measure_limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.
 
 
 def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which every call runs once.
+    """Median seconds of each call, over rounds in which every call has one turn, each round in an order of its own.
 
-    seconds: about how long the rounds take together; at least three are made, and as many as there are calls. On CUDA
-    the cache is overwritten before every call, and times are those of the device's own clock.
+    seconds: about how long the rounds take together; at least four are made. On CUDA the cache is overwritten before
+    every call, times are those of the device's own clock, and the first third of a turn does not count.
     """
     for call in calls.values():
         call()
-    began = time.perf_counter()
-    for call in calls.values():
-        timed(call, device)
-    once = time.perf_counter() - began
-    rounds = min(max(int(seconds / max(once, 1e-9)), LEAST_ROUNDS, len(calls)), MOST_ROUNDS)
-    flush = cache_flusher(device)
+    once = {name: timed(call, device) for name, call in calls.items()}
+    repeats = {name: _in_a_turn(taken, device) for name, taken in once.items()}
+    round_seconds = sum(once[name] * repeats[name] for name in calls)
+    rounds = min(max(int(seconds / max(round_seconds, 1e-9)), LEAST_ROUNDS), MOST_ROUNDS)
+    flush, draw = cache_flusher(device), random.Random(0)
     found: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(rounds):
-        for place in turns(number, len(names)):
-            flush()
-            found[names[place]].append(clocked(calls[names[place]], device))
+    for _ in range(rounds):
+        for name in draw.sample(list(calls), len(calls)):
+            turn = []
+            for _ in range(repeats[name]):
+                flush()
+                turn.append(clocked(calls[name], device))
+            found[name] += turn[len(turn) // 3 :]
     return {name: statistics.median(seconds() for seconds in clocks) for name, clocks in found.items()}
 
 
-def turns(number: int, count: int) -> list[int]:
-    """The order of `count` calls in a round: over `count` rounds, of an odd count twice that, all pairs of neighbours
-    come equally often (E. J. Williams, "Experimental designs balanced for the estimation of residual effects", 1949).
-    """
-    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2
-    order = [(step + number) % count for step in zigzag]
-    return order if number // count % 2 == 0 else order[::-1]
+def _in_a_turn(once: float, device: torch.device) -> int:
+    return min(max(round(TURN_SECONDS[device.type] / max(once, 1e-9)), 1), MOST_IN_A_TURN)
 
 
 def timed(call: Call, device: torch.device) -> float:
