@@ -21,7 +21,7 @@ from torch import Tensor
 
 Call = Callable[[], Any]
 
-LEAST_ROUNDS, MOST_ROUNDS = 4, 50
+LEAST_ROUNDS, MOST_ROUNDS = 8, 50
 TURN_SECONDS, MOST_IN_A_TURN = {"cuda": 0.2, "cpu": 0.0}, 50  # as many calls as fill the time
 WARM_UPS = 3  # of a call before it is captured: libraries choose their kernels and workspaces then
 L2_SHARE = 4  # copies of the weights take this many times the cache
@@ -57,7 +57,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype, seconds: float = 1.
 def interleaved_medians(calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0) -> dict[str, float]:
     """Median seconds of each call, over rounds in which every call has one turn, each round in an order of its own.
 
-    seconds: about how long the rounds take together; at least four are made. On CUDA the cache is overwritten before
+    seconds: about how long the rounds take together; at least eight are made. On CUDA the cache is overwritten before
     every call, times are those of the device's own clock, and the first third of a turn does not count.
     """
     for call in calls.values():
