@@ -214,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="tokens per call (default: 1 16 2048 65536, block also 16384, on CPU 1 256)",
     )
-    add("--bench_seconds", type=float, help="about how long one comparison goes on (default: 2, on CPU 0.5)")
+    add("--bench_seconds", type=float, help="seconds for a comparison, 8 rounds at least (default: 2, on CPU 0.5)")
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument

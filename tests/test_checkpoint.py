@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -334,6 +335,39 @@ def test_a_file_that_fails_to_be_written_leaves_nothing(behind, tmp_path):
         assert {path.name for path in (tmp_path / "new").iterdir()} == {"manifest.json", ".lock"}
         assert not writer.finished("a.safetensors")
     assert not (tmp_path / "new").exists()
+
+
+KILLED_WHILE_A_SHARD_IS_WRITTEN = """
+import os, signal, sys, threading, torch
+from pathlib import Path
+from utils.checkpoint import CheckpointWriter
+
+folder = Path(sys.argv[1])
+
+def kill():
+    while not any(path.suffix != ".json" and path.stat().st_size for path in folder.rglob("*/*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with CheckpointWriter(folder, "hash", False) as writer:
+    threading.Thread(target=kill, daemon=True).start()
+    writer.write("a.safetensors", {"a": torch.ones(2**26)})
+"""
+
+
+def test_nothing_of_a_shard_that_was_half_written_stays(tmp_path):
+    """Whatever name safetensors gives to what it has not finished."""
+    folder = tmp_path / "new"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_A_SHARD_IS_WRITTEN, folder], cwd=Path(PIFA.__file__).parent
+    )
+    assert killed.returncode == -signal.SIGKILL
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"manifest.json", ".lock", f".a.safetensors{files.PARTIAL}"}
+    with files.CheckpointWriter(folder, "hash", True) as writer:
+        assert {path.name for path in folder.iterdir()} == {"manifest.json", ".lock"}
+        writer.write("a.safetensors", {"a": torch.ones(2)})
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "a.safetensors"}
 
 
 # ---------------------------------------------------------------- reading

@@ -1,6 +1,6 @@
 """Checkpoint folders: shards, hashes, manifest, resume. Plain transformers folders, written file by file.
 
-Every file appears under its name only when it is whole: it is written beside it and renamed. `manifest.json` holds
+Every file appears under its name only when it is whole: it is written beside that and renamed. `manifest.json` holds
 the hash of the flags and the sha256 of each shard; `finished_at` in `pifa.json` marks a finished run. One process
 writes a folder at a time (lock.py).
 """
@@ -69,9 +69,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the block ends well, and goes away when it does not."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    """A temporary file that becomes `path` when the block ends well, and goes away when it does not.
+
+    It is alone in a folder beside `path`, where a killed process leaves it: safetensors writes to a file with a name
+    of its own choice first, in the same folder, which nobody would find elsewhere.
+    """
+    room = path.with_name(f".{path.name}{PARTIAL}")
+    _remove(room)
+    room.mkdir()
     try:
+        temporary = room / path.name
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -79,7 +86,15 @@ def whole(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # its file errors are not OSErrors
         raise no_room(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(room)
+
+
+def _remove(left: Path) -> None:
+    """The folder with all that is in it, or the file, if it is there."""
+    if left.is_dir():
+        shutil.rmtree(left)
+    else:
+        left.unlink(missing_ok=True)
 
 
 class CheckpointWriter:
@@ -111,7 +126,7 @@ class CheckpointWriter:
             held.enter_context(locked(self.folder))
             check_target(self.folder, flags_hash, True)  # nobody else can change it now
             for left in self.folder.glob(f".*{PARTIAL}"):
-                left.unlink()
+                _remove(left)
             if (self.folder / MANIFEST).is_file():
                 self.manifest = read_json(self.folder / MANIFEST)
             else:
