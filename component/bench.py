@@ -17,8 +17,10 @@ from component.bench_layer import Shape
 from component.bench_sections import SECTIONS, Result, Setting, Subject, limits_section, linear_shapes
 from utils import checkpoint as files
 from utils import models, plots, report, timing
+from utils.checkpoint_writer import check_target
 from utils.errors import UsageError
 from utils.plots import Panel
+from utils.whole_files import write_json
 
 log = logging.getLogger("pifa")
 
@@ -63,7 +65,7 @@ def run(options: Namespace) -> dict[str, Any]:
     folder = Path(options.save_path) / f"{options.prefix}bench_{'-'.join(what)}_{subject.name}_{device.type}"
     if folder.exists():
         raise UsageError(f"{folder} exists and nothing is ever overwritten: choose another --prefix, or move it away")
-    files.check_target(folder, "", False)
+    check_target(folder, "", False)
     shapes = _shapes(options, subject, defaults)
     asked = tuple(options.bench_tokens or ())
     tokens, block_tokens = asked or defaults.tokens, asked or defaults.block_tokens
@@ -108,7 +110,7 @@ def run(options: Namespace) -> dict[str, Any]:
         **readings,
         **found,
     }
-    files.write_json(folder / "bench.json", record)
+    write_json(folder / "bench.json", record)
     return record
 
 

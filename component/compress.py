@@ -34,13 +34,14 @@ from component.tuning import Recipe, as_json, candidates, choose, held_out_perpl
 from utils import checkpoint as files
 from utils import report
 from utils.attention import repeat_heads
-from utils.checkpoint import CheckpointWriter
+from utils.checkpoint_writer import CheckpointWriter
 from utils.endings import one_line_endings
 from utils.errors import UsageError
 from utils.estimate import Machine, estimate, waiting_batches
 from utils.layers import HeldLayers, describe_layers
 from utils.placement import Shelf, free_bytes, wake
 from utils.source_weights import open_model
+from utils.whole_files import write_json
 
 log = logging.getLogger("pifa")
 
@@ -154,7 +155,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
 
     kind = kind_of(entries)
     with tempfile.TemporaryDirectory() as temporary:
-        files.write_json(Path(temporary) / "plan.json", plan_as_json(plan))
+        write_json(Path(temporary) / "plan.json", plan_as_json(plan))
         beside = files_beside(Path(temporary), model, job.tokenizer)
         writer.describe(folder_config(model, dtype, entries), beside)
     return writer.seal(

@@ -21,10 +21,12 @@ from component.pivoting import pivot_together
 from utils import checkpoint as files
 from utils import models, report
 from utils.channels import Junction, LayerProbe, Skeleton
-from utils.checkpoint import Checkpoint, CheckpointWriter
+from utils.checkpoint import Checkpoint
+from utils.checkpoint_writer import CheckpointWriter, check_target
 from utils.endings import one_line_endings
 from utils.errors import UsageError
 from utils.placement import wake
+from utils.whole_files import hash_of
 
 log = logging.getLogger("pifa")
 
@@ -42,8 +44,8 @@ def run(options: Namespace) -> dict[str, Any]:
     dtype = options.dtype or source.record["dtype"]
     folding = options.fold
     folder = Path(options.save_path) / f"{source.folder.resolve().name}-pifa{'-fold' * folding}"
-    flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, **({"fold": True} if folding else {})})
-    files.check_target(folder, flags_hash, options.resume)
+    flags_hash = hash_of({"source": source.manifest, "dtype": dtype, **({"fold": True} if folding else {})})
+    check_target(folder, flags_hash, options.resume)
     if record := files.finished_record(folder):
         return record
     with source.verifying() as check, CheckpointWriter(folder, flags_hash, options.resume) as writer:

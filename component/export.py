@@ -15,6 +15,7 @@ from component import gguf_model
 from evaluater import find_model
 from utils import checkpoint as files
 from utils import models, report
+from utils.checkpoint_writer import check_target
 from utils.errors import UsageError
 
 FORMATS = ("transformers", "gguf")
@@ -33,7 +34,7 @@ def run(options: Namespace) -> dict[str, Any]:
     target = Path(options.save_path) / (f"{name}.gguf" if as_gguf else f"{name}-dense")
     if target.exists():
         raise UsageError(f"{target} exists and nothing is ever overwritten: move it away or give a --prefix")
-    files.check_target(target, "", False)
+    check_target(target, "", False)
     tokenizer = models.load_tokenizer(source)
     compressed = (Path(source.location) / files.MANIFEST).is_file()
     stored = files.read_checkpoint(source.location).record if compressed else {}

@@ -29,9 +29,11 @@ from component.job import fingerprint
 from component.self_text import written_rows
 from utils import checkpoint as files
 from utils import models, plots, report
-from utils.checkpoint import Checkpoint, CheckpointWriter
+from utils.checkpoint import Checkpoint
+from utils.checkpoint_writer import CheckpointWriter, check_target
 from utils.endings import one_line_endings
 from utils.errors import RunError, UsageError
+from utils.whole_files import hash_of, write_json
 
 log = logging.getLogger("pifa")
 
@@ -88,10 +90,10 @@ def run(options: Namespace) -> dict[str, Any]:
     if teacher and rows_of.SELF in material.names:
         material = with_own_text(material, teacher, settings, options)
     dtype = options.dtype or source.record["dtype"]
-    data_hash = files.hash_of([rows_of.hash_of_rows(rows) for rows in material.rows])
-    flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, "data": data_hash, **settings.as_json()})
+    data_hash = hash_of([rows_of.hash_of_rows(rows) for rows in material.rows])
+    flags_hash = hash_of({"source": source.manifest, "dtype": dtype, "data": data_hash, **settings.as_json()})
     folder = Path(options.save_path) / f"{options.prefix}{source.folder.resolve().name}-ft-{flags_hash[:8]}"
-    files.check_target(folder, flags_hash, options.resume)
+    check_target(folder, flags_hash, options.resume)
     if record := files.finished_record(folder):
         state.remove_state(folder)
         return record
@@ -202,7 +204,7 @@ def with_own_text(material: Material, teacher: models.Source, settings: Settings
         raise UsageError(f"the share of {rows_of.SELF} in --data_path is less than a row of all steps: leave it out")
     dtype, given = compute_dtype(settings), [row for rows in material.rows for row in rows]
     decisive = [fingerprint(teacher), rows_of.hash_of_rows(given), count, settings.cutoff_len, settings.seed]
-    name = f"{options.prefix}{teacher.name}-self-{files.hash_of([*decisive, str(dtype)])[:8]}.safetensors"
+    name = f"{options.prefix}{teacher.name}-self-{hash_of([*decisive, str(dtype)])[:8]}.safetensors"
 
     def load() -> Any:
         return models.load_model(teacher, dtype).to(options.DEV)
@@ -320,7 +322,7 @@ def parts_of(curve: Sequence[Point]) -> list[list[Any]]:
 
 
 def write_curves(folder: Path, curves: dict[str, list[Point]]) -> None:
-    files.write_json(folder / CURVES, curves)
+    write_json(folder / CURVES, curves)
     if not plots.can_plot():
         log.warning("no plot of the loss without matplotlib: pip install -r %s", plots.REQUIREMENTS)
         return

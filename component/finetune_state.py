@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from component.finetune_loop import Point, Training
-from utils.checkpoint import open_shard, whole
+from utils.checkpoint import open_shard
+from utils.whole_files import whole
 
 STATE = ".training.safetensors"  # parameters and the optimiser's memory in the stage that runs
 MERGED = ".merged.safetensors"  # the factors that earlier stages changed, in float32

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from component.budget import Module, Plan
 from component.cost import PIVOTED, StorageFormat
 from component.integration import FORMAT_VERSION, METHOD, made_of
-from utils import checkpoint as files
 from utils.layers import DecoderLayer
+from utils.stored_numbers import count_numbers
 
 
 def load_layer(
@@ -122,7 +122,7 @@ def densities(folder: Path, entries: dict[str, dict[str, Any]], ranks_paid_for: 
 
     ranks_paid_for: the form of storage whose density was asked for.
     """
-    counts = files.count_numbers(folder, entries)
+    counts = count_numbers(folder, entries)
     pivoted = sum(stored_as(entry, PIVOTED) for entry in entries.values())
     return {
         "density": counts.density,

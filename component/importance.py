@@ -18,12 +18,13 @@ from component.parts import parts_of
 from component.planner import modules_of
 from component.sensitivity import angular_influence
 from component.streaming import advance
-from utils import checkpoint as files
 from utils import data, models, report
+from utils.checkpoint_writer import check_target
 from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer, LayerSource, describe_layers, layer_inputs, map_tensors
 from utils.placement import Shelf
 from utils.source_weights import open_model
+from utils.whole_files import hash_of, read_json, write_json
 
 log = logging.getLogger("pifa")
 
@@ -66,16 +67,16 @@ def write_influence(path: Path, influence: list[float], settings: dict[str, Any]
     """
     if path.exists():
         raise UsageError(f"{path} exists and nothing is ever overwritten: choose another --bi_score, or move it away")
-    files.check_target(path, "", False)
+    check_target(path, "", False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {"format_version": FORMAT_VERSION, "influence": influence, **settings})
+    write_json(path, {"format_version": FORMAT_VERSION, "influence": influence, **settings})
 
 
 def read_influence(path: Path, layers: int) -> list[float]:
     """Raises: UsageError where the file is no such file, or of a model with another number of layers."""
     if not path.is_file():
         raise UsageError(f"no such file: {path}; --mode bi makes one")
-    content = files.read_json(path)
+    content = read_json(path)
     influence = content.get("influence")
     if content.get("format_version") != FORMAT_VERSION or not isinstance(influence, list):
         raise UsageError(f"{path} holds no influence of layers: --mode bi writes such a file")
@@ -94,7 +95,7 @@ def run(options: Namespace) -> dict[str, Any]:
     path = Path(getattr(options, "bi_score", None) or f"{options.save_path}/{options.prefix}{source.name}-bi.json")
     if path.exists():
         raise UsageError(f"{path} exists and nothing is ever overwritten: choose another --bi_score, or move it away")
-    files.check_target(path, "", False)
+    check_target(path, "", False)
     config = models.load_config(source)
     dtype = options.dtype or models.default_dtype_name(source, config, device)
     text = data.read_text(options.dataset[0] if options.dataset else None, "train")
@@ -110,7 +111,7 @@ def run(options: Namespace) -> dict[str, Any]:
     settings = {
         "model": options.model,
         "dataset": text.name,
-        "windows_sha256": files.hash_of(windows.tolist()),
+        "windows_sha256": hash_of(windows.tolist()),
         "dtype": dtype,
         "seed": options.seed,
     }

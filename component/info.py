@@ -17,7 +17,9 @@ from component.planner import modules_of
 from evaluater import find_model
 from utils import checkpoint as files
 from utils import models, plots, report
+from utils.checkpoint_writer import check_target
 from utils.layers import describe_layers
+from utils.stored_numbers import stored_tensors
 
 log = logging.getLogger("pifa")
 
@@ -106,7 +108,7 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
     numbers = dict.fromkeys(checkpoint.layers, 0)
     sizes = dict.fromkeys(checkpoint.layers, 0)
     parameters = size = 0
-    for owner, count, stored in files.stored_tensors(checkpoint.folder, checkpoint.layers):
+    for owner, count, stored in stored_tensors(checkpoint.folder, checkpoint.layers):
         parameters, size = parameters + count, size + stored
         if owner is not None:
             numbers[owner] += count
@@ -173,7 +175,7 @@ def _draw(path: Path, linears: list[Linear], title: str) -> str | None:
     if path.exists():
         log.warning("%s exists and is left as it is", path)
         return str(path)
-    files.check_target(path, "", False)
+    check_target(path, "", False)
     path.parent.mkdir(parents=True, exist_ok=True)
     layers, types, grid = _grid(linears, lambda one: one.density, math.nan)
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from component.solvers import AUTO
 from component.tuning import searches_attention
-from utils import checkpoint as files
 from utils import data, models
+from utils.checkpoint_writer import check_target
 from utils.errors import UsageError
 from utils.models import Source
+from utils.whole_files import hash_of, sha256
 
 log = logging.getLogger("pifa")
 
@@ -52,7 +53,7 @@ def prepare(options: Namespace) -> Job:
         )
     identity = identity_of(options, source, config, text.name, windows, held_out, dtype)
     folder = Path(options.save_path) / _folder_name(options, source, identity)
-    files.check_target(folder, identity["hash"], options.resume)
+    check_target(folder, identity["hash"], options.resume)
     return Job(options, source, dtype, tokenizer, windows, held_out, identity, folder)
 
 
@@ -70,9 +71,9 @@ def identity_of(
         "model": options.model,
         "revision": getattr(config, "_commit_hash", None),
         "dataset": dataset,
-        "windows_sha256": files.hash_of(windows.tolist()),
+        "windows_sha256": hash_of(windows.tolist()),
         "heldout_nsamples": len(held_out),
-        "heldout_sha256": files.hash_of(held_out.tolist()),
+        "heldout_sha256": hash_of(held_out.tolist()),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": options.seed,
         "prune": options.prune,
@@ -99,17 +100,17 @@ def identity_of(
     weights = fingerprint(source)
     decisive = {**settings, "weights": weights}
     if bi_score := getattr(options, "bi_score", None):
-        decisive["influence"] = files.sha256(Path(bi_score))
+        decisive["influence"] = sha256(Path(bi_score))
     if Path(options.allocation).is_file():
-        decisive["plan"] = files.sha256(Path(options.allocation))
-    return {"settings": settings, "weights": weights, "hash": files.hash_of(decisive)}
+        decisive["plan"] = sha256(Path(options.allocation))
+    return {"settings": settings, "weights": weights, "hash": hash_of(decisive)}
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
     """Names and sizes of a local model's files, so that a changed one is noticed; a hub model has its revision."""
     folder = Path(source.location)
     if source.gguf_file:
-        return {source.gguf_file: files.sha256(folder / source.gguf_file)}
+        return {source.gguf_file: sha256(folder / source.gguf_file)}
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 

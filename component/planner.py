@@ -25,12 +25,12 @@ from component.sensitivity import output_weighting
 from component.solvers import AUTO, Solver, make_solver
 from component.streaming import Flows, compress_layers
 from component.tuning import ATTENTION_STEP, Recipe, as_json, searches_attention
-from utils import checkpoint as files
 from utils import report
 from utils.errors import UsageError
 from utils.estimate import Estimate, Shapes, Work
 from utils.layers import DecoderLayer, LayerSource, uncalled_linears
 from utils.placement import Shelf
+from utils.whole_files import hash_of
 
 log = logging.getLogger("pifa")
 
@@ -172,7 +172,7 @@ def profile_for(
     settings = {
         "model": options.model,
         "weights": job.identity["weights"],
-        "windows_sha256": files.hash_of(rows.tolist()),
+        "windows_sha256": hash_of(rows.tolist()),
         "seed": options.seed,
         "output_shrinkages": shrinkages,
         "thinning": thinning,
@@ -182,7 +182,7 @@ def profile_for(
     if options.prune == AUTO:
         settings["narrow"] = True
         parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    hashed = files.hash_of(settings)
+    hashed = hash_of(settings)
     given = options.profiling_mat_path and options.profiling_mat_path + (draft.suffix if draft else "")
     folder = Path(given or Path(options.save_path) / f"profile_{job.source.name}_{hashed[:8]}")
     layers = draft.layers if draft else None

@@ -24,6 +24,7 @@ from component.parts import Parts
 from component.reduction import channel_curve, head_curve
 from component.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
 from utils import checkpoint as files
+from utils.checkpoint_writer import CheckpointWriter
 from utils.errors import RunError
 from utils.layers import (
     CPU,
@@ -139,7 +140,7 @@ def make_profile(
     """
     names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
     weighted = any(shrinkage is not None for shrinkage in profiling.shrinkages)
-    with files.CheckpointWriter(folder, identity, resume=folder.exists()) as writer:
+    with CheckpointWriter(folder, identity, resume=folder.exists()) as writer:
         shards = [files.layer_shard(index) for index in range(len(described))]
         if not files.is_finished(folder) or not all(writer.finished(shard) for shard in shards):
             for index, measured in profile_layers(model, described, profiling, source, shelf):

@@ -17,11 +17,14 @@ from component.gptq import Grid
 from component.quantizer import Recipe, forms_of, quantize_model
 from utils import checkpoint as files
 from utils import data, models, packing, report
-from utils.checkpoint import Checkpoint, CheckpointWriter
+from utils.checkpoint import Checkpoint
+from utils.checkpoint_writer import CheckpointWriter, check_target
 from utils.endings import one_line_endings
 from utils.errors import UsageError
 from utils.layers import describe_layers
 from utils.placement import Shelf
+from utils.stored_numbers import count_numbers
+from utils.whole_files import hash_of
 
 
 class Calibration(NamedTuple):
@@ -32,7 +35,7 @@ class Calibration(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         count, length = self.windows.shape
-        hashed = files.hash_of(self.windows.tolist())
+        hashed = hash_of(self.windows.tolist())
         return {"dataset": self.dataset, "windows": count, "model_seq_len": length, "windows_sha256": hashed}
 
 
@@ -53,10 +56,10 @@ def run(options: Namespace) -> dict[str, Any]:
     quantization = {"method": options.quantize_method, "bits": grid.bits, "group_size": grid.group_size}
     if calibration:
         quantization |= {**recipe.as_json(), **calibration.as_json()}
-    flags_hash = files.hash_of({"source": source.manifest, "dtype": dtype, **quantization})
+    flags_hash = hash_of({"source": source.manifest, "dtype": dtype, **quantization})
     name = f"{options.prefix}{source.folder.resolve().name}-{options.quantize_method}{grid.bits}"
     folder = Path(options.save_path) / name
-    files.check_target(folder, flags_hash, options.resume)
+    check_target(folder, flags_hash, options.resume)
     if record := files.finished_record(folder):
         return record
     source.verify()
@@ -82,7 +85,7 @@ def run(options: Namespace) -> dict[str, Any]:
         config = {**source.config, "dtype": dtype}
         config["quantization_config"] = {**source.config["quantization_config"], "layers": entries}
         writer.describe(config, _files_beside(source))
-        counts = files.count_numbers(folder, entries)
+        counts = count_numbers(folder, entries)
         return writer.seal(
             {
                 **source.record,

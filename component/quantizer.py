@@ -28,7 +28,7 @@ from component.reconstruction import target_moment
 from component.streaming import advance
 from utils import checkpoint as files
 from utils import packing
-from utils.checkpoint import CheckpointWriter
+from utils.checkpoint_writer import CheckpointWriter
 from utils.layers import (
     DecoderLayer,
     HeldLayers,

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from component.finetune_data import SELF, Row
 from utils import checkpoint as files
 from utils.errors import UsageError
+from utils.whole_files import whole
 
 log = logging.getLogger("pifa")
 
@@ -40,7 +41,7 @@ def written_rows(
         started = beginnings(rows, count, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens = continued(load(), started, length, seed)
-        with files.whole(path) as temporary:
+        with whole(path) as temporary:
             save_file({"tokens": tokens.int()}, temporary)
         log.info("%d rows of %d tokens are in %s", count, length, path)
     return [Row(row, 0) for row in files.open_shard(path)["tokens"].long()]

@@ -20,7 +20,10 @@ from component import LowRankLinear, PIFAConfig, PIFALinear
 from component.pivoting import pivot
 from tests import tiny
 from utils import checkpoint as files
+from utils.checkpoint_writer import CheckpointWriter
 from utils.errors import UsageError
+from utils.stored_numbers import count_numbers
+from utils.whole_files import PARTIAL
 
 PROMPT = tiny.token_windows(2, 24)
 TIMES = (files.RECORD,)  # holds seconds, memory, paths
@@ -237,7 +240,7 @@ class PowerCut(Exception):
 @pytest.fixture
 def cut_after_one_shard(monkeypatch):
     """The second shard of a run is never written. Returns how to have power again."""
-    write, written = files.CheckpointWriter.write, []
+    write, written = CheckpointWriter.write, []
 
     def failing(self, shard, tensors):
         if self.folder.name.startswith("profile_"):
@@ -247,7 +250,7 @@ def cut_after_one_shard(monkeypatch):
         written.append(shard)
         return write(self, shard, tensors)
 
-    monkeypatch.setattr(files.CheckpointWriter, "write", failing)
+    monkeypatch.setattr(CheckpointWriter, "write", failing)
     return monkeypatch.undo
 
 
@@ -319,14 +322,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     mine = tmp_path / "taken" / "thesis.txt"
     mine.write_text("mine")
     for resume, message in [(False, "nothing is ever overwritten"), (True, "holds no run of this tool")]:
-        with pytest.raises(UsageError, match=message), files.CheckpointWriter(tmp_path / "taken", "hash", resume):
+        with pytest.raises(UsageError, match=message), CheckpointWriter(tmp_path / "taken", "hash", resume):
             pass
     assert list((tmp_path / "taken").iterdir()) == [mine]
 
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_file_that_fails_to_be_written_leaves_nothing(behind, tmp_path):
-    with files.CheckpointWriter(tmp_path / "new", "hash", False) as writer:
+    with CheckpointWriter(tmp_path / "new", "hash", False) as writer:
         shared = torch.zeros(4)
         write = writer.write_behind if behind else writer.write
         with pytest.raises(RuntimeError):
@@ -340,7 +343,7 @@ def test_a_file_that_fails_to_be_written_leaves_nothing(behind, tmp_path):
 KILLED_WHILE_A_SHARD_IS_WRITTEN = """
 import os, signal, sys, threading, torch
 from pathlib import Path
-from utils.checkpoint import CheckpointWriter
+from utils.checkpoint_writer import CheckpointWriter
 
 folder = Path(sys.argv[1])
 
@@ -363,8 +366,8 @@ def test_nothing_of_a_shard_that_was_half_written_stays(tmp_path):
     )
     assert killed.returncode == -signal.SIGKILL
     left = {path.name for path in folder.iterdir()}
-    assert left == {"manifest.json", ".lock", f".a.safetensors{files.PARTIAL}"}
-    with files.CheckpointWriter(folder, "hash", True) as writer:
+    assert left == {"manifest.json", ".lock", f".a.safetensors{PARTIAL}"}
+    with CheckpointWriter(folder, "hash", True) as writer:
         assert {path.name for path in folder.iterdir()} == {"manifest.json", ".lock"}
         writer.write("a.safetensors", {"a": torch.ones(2)})
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "a.safetensors"}
@@ -409,7 +412,7 @@ def test_a_shard_that_is_no_safetensors_is_refused(tmp_path):
 def test_counts_are_those_of_the_stored_tensors(kind, request):
     folder = request.getfixturevalue(kind)
     checkpoint = files.read_checkpoint(folder)
-    counts = files.count_numbers(folder, checkpoint.layers)
+    counts = count_numbers(folder, checkpoint.layers)
     owned = {
         name: tensor
         for name, tensor in tiny.stored_tensors(folder).items()
@@ -429,5 +432,5 @@ def test_biases_are_no_part_of_the_density(tmp_path):
     save_file({**tensors, "a.bias": torch.ones(4), "norm": torch.ones(6)}, tmp_path / "one.safetensors")
     weight_map = dict.fromkeys([*tensors, "a.bias", "norm"], "one.safetensors")
     (tmp_path / files.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    counts = files.count_numbers(tmp_path, {"a": {"in_features": 6, "out_features": 4}})
+    counts = count_numbers(tmp_path, {"a": {"in_features": 6, "out_features": 4}})
     assert (counts.linears, counts.dense_linears, counts.model, counts.linear_bytes) == (20, 24, 30, 80)

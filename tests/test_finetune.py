@@ -30,6 +30,7 @@ from utils import checkpoint as files
 from utils import models, plots
 from utils.errors import RunError, UsageError
 from utils.lock import LOCK
+from utils.whole_files import PARTIAL
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason=f"peft is absent: {finetune_lora.REQUIREMENTS}"
@@ -408,7 +409,7 @@ def test_runs_killed_again_and_again_come_to_the_same_bytes(options, tmp_path):
     assert finish(given, count_into=counted) == 0
     (folder,) = (tmp_path / "out").iterdir()
     expected = tiny.contents(folder, TIMES)
-    assert not {STATE, MERGED, f".{STATE}{files.PARTIAL}"} & {path.name for path in folder.iterdir()}
+    assert not {STATE, MERGED, f".{STATE}{PARTIAL}"} & {path.name for path in folder.iterdir()}
     shutil.rmtree(folder)
     operations = int(counted.read_text())
     draw, killed = random.Random("kills"), 0

@@ -134,7 +134,7 @@ def test_a_save_path_that_is_a_file(place, mode, compressed, arguments, tmp_path
 
 @pytest.mark.parametrize("mode", ["m", "pifa"])
 def test_a_save_path_that_takes_no_files(mode, compressed, arguments, tmp_path, bad, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint._accepts_files", lambda folder: False)
+    monkeypatch.setattr("utils.checkpoint_writer._accepts_files", lambda folder: False)
     bad(arguments(mode, model_path=compressed, save_path=tmp_path / "new"), "choose another --save_path")
     assert not (tmp_path / "new").exists()
 

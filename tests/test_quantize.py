@@ -14,6 +14,8 @@ from component.packed import PackedLinear
 from tests import tiny
 from utils import checkpoint as files
 from utils import models
+from utils.checkpoint_writer import CheckpointWriter
+from utils.stored_numbers import count_numbers
 
 pytest.importorskip("compressed_tensors")
 
@@ -49,7 +51,7 @@ def test_the_folder_is_the_model_in_memory(source, method, dtype, arguments, req
 def test_four_bits_are_a_quarter_of_the_bytes(arguments, pivoted, tmp_path):
     record = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path, quantize_method="rtn"))
     before = files.read_checkpoint(pivoted)
-    size = files.count_numbers(pivoted, before.layers).linear_bytes
+    size = count_numbers(pivoted, before.layers).linear_bytes
     assert record["linear_bytes"] < 0.35 * size  # of float32: an eighth, scales, zeros, and the index as it was
 
 
@@ -92,7 +94,7 @@ def test_what_layers_before_lost_is_made_up_for(arguments, pivoted, tmp_path):
 
 def test_an_interrupted_run_goes_on(arguments, pivoted, tmp_path, monkeypatch):
     whole = PIFA.run(arguments("quantize", model_path=pivoted, save_path=tmp_path / "a"))
-    write, written = files.CheckpointWriter.write, []
+    write, written = CheckpointWriter.write, []
 
     def fail(self, shard, tensors):
         if written:
@@ -102,7 +104,7 @@ def test_an_interrupted_run_goes_on(arguments, pivoted, tmp_path, monkeypatch):
 
     command = arguments("quantize", model_path=pivoted, save_path=tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(files.CheckpointWriter, "write", fail)
+        patch.setattr(CheckpointWriter, "write", fail)
         with pytest.raises(BaseException):  # noqa: B017
             PIFA.run(command)
     resumed = PIFA.run([*command, "--resume"])

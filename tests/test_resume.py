@@ -18,6 +18,7 @@ from utils import checkpoint as files
 from utils.endings import one_line_endings
 from utils.errors import RunError, UsageError
 from utils.lock import LOCK, locked
+from utils.whole_files import PARTIAL
 
 TIMES = (files.RECORD,)  # holds seconds, memory, paths
 MODES = {"m": "compressed", "pifa": "pivoted"}
@@ -213,7 +214,7 @@ def test_a_file_that_may_not_grow_ends_in_one_line_and_is_gone_on_with(largest, 
     out, errors = tmp_path / "out", tmp_path / "errors"
     assert children.finish(command(mode), errors, largest_file=largest) == 1
     one_line(errors, "make room, then the same command with --resume goes on")
-    assert not list(out.glob(f"*/.*{files.PARTIAL}")) and not list(out.glob(f"*/{LOCK}"))
+    assert not list(out.glob(f"*/.*{PARTIAL}")) and not list(out.glob(f"*/{LOCK}"))
     assert children.finish(command(mode, resume=True), errors) == 0
     if mode == "m":
         assert tiny.contents(only(out), TIMES) == tiny.contents(uniform, TIMES)

@@ -17,7 +17,7 @@ from component.solvers import make_solver
 from component.streaming import Flows, compress_layers
 from component.tuning import VALUES, Recipe, candidates, choose, held_out_perplexity, tunable
 from tests import tiny
-from utils.checkpoint import CheckpointWriter
+from utils.checkpoint_writer import CheckpointWriter
 from utils.errors import RunError
 from utils.layers import decoder_layers, describe_layers
 

@@ -12,7 +12,7 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from utils.checkpoint import sha256
+from utils.whole_files import sha256
 
 BYTES = 256
 EOS = BYTES  # the one token that is no byte
