@@ -131,12 +131,13 @@ def test_two_flows_go_side_by_side(waiting):
 
 def test_only_passes_that_do_not_wait_run_again_and_they_keep_nothing():
     layer, described, batches, keywords = second_layer("llama-gqa")
-    stops, seen = stops_of(described), list[int]()
+    stops, seen, alive = stops_of(described), list[int](), threading.active_count()
     layer.get_submodule("input_layernorm").register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
     with lockstep(layer, stops, batches, keywords, 1) as flow:
         for linear in stops:
             inputs = [weakref.ref(stop.x) for stop in flow.at(linear)]
             assert [x() is not None for x in inputs] == [True, False, False]
+            assert threading.active_count() <= alive + len(batches) + 1  # those of passes that ended are used again
         list(flow.outputs())
     assert seen == BATCHES + len(stops) * BATCHES[1:]
 

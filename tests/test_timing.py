@@ -16,12 +16,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def made(monkeypatch):
-    """The calls that are timed, by name, in their order; each takes as many seconds as there were calls of it."""
+    """The calls that are timed, by name, in their order; the n-th timing of each takes n^2 seconds."""
     made: list[str] = []
 
     def clocked(call, _device):
         call()
-        seconds = float(made.count(made[-1]) - 1)  # one was the warm-up
+        seconds = float((made.count(made[-1]) - 1) ** 2)  # one was the warm-up
         return lambda: seconds
 
     monkeypatch.setattr(timing, "clocked", clocked)
@@ -39,7 +39,7 @@ def test_calls_take_turns_and_the_median_counts(monkeypatch, made):
     assert made[:6] == list("abcabc") and len(made) == 21
     rounds = [tuple(made[start : start + 3]) for start in range(6, 21, 3)]
     assert all(sorted(order) == list("abc") for order in rounds) and len(set(rounds)) > 1
-    assert found == {"a": 4.0, "b": 4.0, "c": 4.0}  # of 2 to 6: the calls before the rounds are not among them
+    assert found == {"a": 16.0, "b": 16.0, "c": 16.0}  # of 4, 9, 16, 25, 36: what came before the rounds is not there
 
 
 def test_a_turn_is_many_calls_of_which_the_last_two_thirds_count(monkeypatch, made):
@@ -49,7 +49,7 @@ def test_a_turn_is_many_calls_of_which_the_last_two_thirds_count(monkeypatch, ma
     assert [(name, len(list(turn))) for name, turn in itertools.groupby(made[4:])] in (
         [("a", 6), ("b", 6)], [("b", 6), ("a", 6)],
     )  # fmt: skip
-    assert found == {"a": 5.5, "b": 5.5}  # of 2 to 7
+    assert found == {"a": 30.5, "b": 30.5}  # of 16, 25, 36, 49
 
 
 def test_rounds_fill_the_time_but_have_bounds():

@@ -23,7 +23,6 @@ log = logging.getLogger("pifa")
 
 MANIFEST, RECORD, INDEX = "manifest.json", "pifa.json", "model.safetensors.index.json"
 REST = "rest.safetensors"
-METHOD = "pifa"
 
 
 def layer_shard(index: int) -> str:
