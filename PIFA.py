@@ -12,17 +12,17 @@ from typing import NoReturn
 from utils.errors import RunError, UsageError, check_choice
 
 MODES = {  # -> module and function; only that of the mode asked for is imported
-    "m": ("component.compress", "run"),
-    "bi": ("component.importance", "run"),
-    "pifa": ("component.convert", "run"),
+    "m": ("component.compress.pipeline", "run"),
+    "bi": ("component.channels.influence", "run"),
+    "pifa": ("component.pivot.shards", "run"),
     "ppl": ("evaluater", "run_ppl"),
     "eval": ("evaluater", "run_eval"),
-    "generate": ("component.generation", "run"),
-    "finetune": ("component.finetune", "run"),
-    "quantize": ("component.quantize", "run"),
-    "info": ("component.info", "run"),
-    "export": ("component.export", "run"),
-    "bench": ("component.bench", "run"),
+    "generate": ("component.runner.generation", "run"),
+    "finetune": ("component.finetune.stages", "run"),
+    "quantize": ("component.quantize.folder", "run"),
+    "info": ("component.checkpoint.info", "run"),
+    "export": ("component.checkpoint.export", "run"),
+    "bench": ("component.bench.measure", "run"),
 }
 ON_CPU = {"pruning_nsamples": 16, "reconstruct_nsamples": 16, "model_seq_len": 512}
 LEAST = {"heldout_nsamples": 0, "tune": 0, "refine_steps": 0, "num_fewshot": 0, "save_steps": 0, "model_seq_len": 2}
@@ -46,7 +46,7 @@ class NamedDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from component.aliases import add_aliases
+    from component.modes.aliases import add_aliases
 
     parser = OneLineParser(
         prog="PIFA.py",
@@ -234,12 +234,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Flags -> checked options with every default filled in. Raises: UsageError for what can't be."""
-    from component.aliases import expand
-    from component.export import FORMATS
-    from component.gptq import METHODS
-    from component.packed import BITS
-    from component.solvers import PRUNERS
-    from component.tuning import tunable
+    from component.checkpoint.export import FORMATS
+    from component.compress.recipe import tunable
+    from component.format.packed import BITS
+    from component.modes.aliases import expand
+    from component.quantize.gptq import METHODS
+    from component.solve.solvers import PRUNERS
     from utils.data import check_name
     from utils.models import DTYPES
 
@@ -306,7 +306,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _fill_method(options: argparse.Namespace) -> None:
     """The step, and for exact M the constants that held-out text chose; the published steps keep to the paper."""
-    from component.solvers import EXACT, PLAIN, TUNED, default_step
+    from component.solve.solvers import EXACT, PLAIN, TUNED, default_step
 
     if options.reconstruct_step is None:
         options.reconstruct_step = default_step(options.prune)
@@ -351,8 +351,8 @@ def _fill_allocation(options: argparse.Namespace) -> None:
 
     Else the published methods have the same density everywhere, as the papers do, and exact M the best ranks.
     """
-    from component.allocation import ALLOCATIONS
-    from component.solvers import EXACT
+    from component.ranks.allocation import ALLOCATIONS
+    from component.solve.solvers import EXACT
 
     implied = "owl" if options.owl else "type" if options.attn_ratio is not None else None
     flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))

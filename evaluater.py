@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint as files
+from component.checkpoint import reading as files
 from utils import data, models, report
 from utils.attention import repeat_heads
 from utils.errors import RunError, UsageError

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-import component.compress
+import component.compress.pipeline
 import PIFA
 from tests import tiny
 
@@ -52,8 +52,8 @@ def computed(monkeypatch) -> dict[int, torch.nn.Module]:
             layers[index] = layer
             yield index, layer
 
-    driver = component.compress.compress_layers
-    monkeypatch.setattr(component.compress, "compress_layers", compress_layers)
+    driver = component.compress.pipeline.compress_layers
+    monkeypatch.setattr(component.compress.pipeline, "compress_layers", compress_layers)
     return layers
 
 

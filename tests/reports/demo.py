@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import PIFA
-from utils import checkpoint as files
+from component.checkpoint import reading as files
 from utils import models
 from utils.errors import RunError, UsageError
 from utils.report import markdown_table

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 import PIFA
-from component.allocation import ALLOCATIONS
-from component.auto_planner import planner_of
-from component.compress import BATCH_TOKENS
-from component.folder import stored_as
-from component.job import Job, prepare
-from component.planner import Means, modules_of, recipe_of, storage_of
-from component.streaming import Flows, Refinement, compress_layers
-from component.tuning import Recipe, choose, held_out_perplexity, window_losses
+from component.checkpoint.entries import stored_as
+from component.compress.auto_planner import planner_of
+from component.compress.factor_planner import Means, modules_of, recipe_of, storage_of
+from component.compress.job import Job, prepare
+from component.compress.pipeline import BATCH_TOKENS
+from component.compress.recipe import Recipe, choose, held_out_perplexity, window_losses
+from component.flow.streaming import Flows, Refinement, compress_layers
+from component.ranks.allocation import ALLOCATIONS
 from utils import data, models
 from utils.attention import repeat_heads
 from utils.layers import HeldLayers, describe_layers

@@ -1,0 +1,254 @@
+"""--prune flatllm in a decoder layer: which linears it makes narrower, by how much, from which data, and as what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from component.channels.flatllm import (
+    absorb_bases,
+    compensated,
+    head_bases,
+    leverage_scores,
+    most_telling,
+    project_values,
+    value_moment,
+)
+from component.channels.parts import Parts
+from component.checkpoint.entries import layer_entries, stored_shape
+from component.flow.lockstep import Stop, lockstep
+from component.flow.streaming import Flows, LayerAtWork, add_moments
+from component.flow.team import Team
+from component.format.narrow import PaddedHeads, PickedHeads
+from component.ranks.allocation import balanced
+from component.ranks.budget import Budget, Channels, Module, Plan
+from component.ranks.cost import LOW_RANK
+from component.solve.moments import Moments
+from component.solve.reconstruction import target_moment
+from component.solve.solvers import Solver
+from utils.errors import RunError, UsageError
+from utils.layers import DecoderLayer
+
+LEVERAGE_RIDGE = 1.0  # lambda of the paper, absolute, on raw sums
+
+
+def narrow_plan(
+    modules: Sequence[Module],
+    described: Sequence[DecoderLayer],
+    parts: Sequence[Parts],
+    density: float,
+    influence: Sequence[float],
+) -> Plan:
+    """Module -> channels kept: of each head for values and output, of the MLP for the rest; None is dense.
+
+    The narrowed linears of a layer keep a share in proportion to its influence, capped at all (IPRS); other linears
+    stay dense, and the shares make up for them. What rounding frees in the heads goes to the MLP.
+
+    influence: by layer; all the same for a uniform plan. Raises: UsageError where no such widths fit the density.
+    """
+    narrowed = {f"{layer.name}.{n}" for layer, p in zip(described, parts, strict=True) for n in p.attention + p.mlp}
+    these = [module for module in modules if module.name in narrowed]
+    total, free = sum(m.numbers for m in modules), sum(m.numbers for m in these)
+    left = density - (total - free) / total
+    if left <= 0:
+        raise UsageError(
+            f"density {density:g} is below the {1 - free / total:.3f} of the linears that --prune flatllm leaves dense"
+        )
+    shares = balanced(Budget(these, left * total / free, LOW_RANK, influence=influence), lambda m: influence[m.layer])
+    numbers = {module.name: module.numbers for module in modules}
+    plan: Plan = dict.fromkeys((module.name for module in modules), None)
+    for layer, part in zip(described, parts, strict=True):
+        attention, mlp = ([f"{layer.name}.{name}" for name in names] for names in (part.attention, part.mlp))
+        share = shares[attention[0]]
+        per_width = sum(numbers[name] for name in attention) // part.head_dim
+        per_channel = sum(numbers[name] for name in mlp) // part.channels
+        width = max(1, int(share * part.head_dim))
+        budget = share * (per_width * part.head_dim + per_channel * part.channels)
+        kept = min(int((budget - width * per_width) / per_channel), part.channels)
+        if kept < 1:
+            raise UsageError(f"density {density:g} leaves the MLP of {layer.name} no channel: raise it")
+        plan.update(dict.fromkeys(attention, Channels(width) if width < part.head_dim else None))
+        plan.update(dict.fromkeys(mlp, Channels(kept) if kept < part.channels else None))
+    return plan
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How layers are narrowed; an instance takes the place of the solving of groups in `compress_layers`.
+
+    parts: by full name of the layer; mix_ratio: lambda of the MLP's target, between the dense flow and what the
+    original projection makes of the narrow one; damping: of the compensation.
+    """
+
+    parts: Mapping[str, Parts]
+    mix_ratio: float
+    damping: float
+
+    def __call__(
+        self,
+        layer: LayerAtWork,
+        widths: Mapping[str, int | None],
+        solver: Solver,
+        flows: Flows,
+        _team: Team,
+    ) -> None:
+        """Narrow the linears of the small layer, and replace the states of both flows by the outputs.
+
+        The MLP sees what the narrow attention writes.
+        """
+        dense, small, described, states, kwargs, dtype, first, threads = layer
+        part = self.parts[described.name]
+        width, kept = widths[part.value], widths[part.down]
+        stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
+        assert states[1] is not None
+        batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
+        finished: dict[str, nn.Module] = {}
+        with (
+            lockstep(dense, stops, batches[0], kwargs, flows.waiting, threads) as dense_flow,
+            lockstep(small, stops, batches[1], kwargs, flows.waiting, threads) as flow,
+        ):
+            if width is not None:
+                moment, start = None, first
+                for _, stop in zip(dense_flow.at(part.value), flow.at(part.value), strict=True):
+                    moment = _add_values(moment, small, part, stop, flows.reconstruction - start)
+                    start += stop.windows
+                self._narrow_heads(small, part, moment, width, dtype, described.name)
+            if kept is not None:
+                moments, start = Moments(), first
+                for dense_stop, stop in zip(dense_flow.at(part.down), flow.at(part.down), strict=True):
+                    add_moments(moments, dense_stop, stop, solver, flows, None, start)
+                    start += dense_stop.windows
+                finished = self._narrow_mlp(small, part, moments, kept, dtype, described.name)
+            for passes, batch in zip((dense_flow, flow), batches, strict=True):
+                for states_of_batch, output in zip(batch, passes.outputs(), strict=True):
+                    states_of_batch.copy_(output)
+        for name, module in finished.items():
+            small.set_submodule(name, module)
+
+    def _narrow_heads(self, layer: nn.Module, part: Parts, moment: Tensor | None, width: int, dtype, what: str) -> None:
+        assert moment is not None
+        bases, _ = head_bases(finite(moment, f"{what}.{part.value}"), width)
+        output: Any = layer.get_submodule(part.output)
+        for name, module in narrow_heads(layer, part, bases, absorb_bases(output.weight, bases), dtype).items():
+            layer.set_submodule(name, module)
+
+    def _narrow_mlp(
+        self, layer: nn.Module, part: Parts, moments: Moments, kept: int, dtype: torch.dtype, what: str
+    ) -> dict[str, nn.Module]:
+        assert moments.gram is not None
+        gram, down = moments.gram, layer.get_submodule(part.down)
+        assert isinstance(down, nn.Linear)
+        chosen = most_telling(leverage_scores(finite(gram, f"{what}.{part.down}"), LEVERAGE_RIDGE), kept)
+        target = target_moment(down.weight, gram, moments.cross, self.mix_ratio)
+        weight = compensated(down.weight, target, gram, chosen, self.damping, f"{what}.{part.down}")
+        return narrow_mlp(layer, part, chosen, weight, dtype)
+
+
+class _Picking(nn.Module):
+    """A narrow linear that is given all channels."""
+
+    def __init__(self, linear: nn.Linear, chosen: Tensor):
+        super().__init__()
+        self.linear, self.chosen = linear, chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[..., self.chosen])
+
+
+def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, stop: Stop, limit: int) -> Tensor | None:
+    """Add the values of the first `limit` windows where a pass waits before them."""
+    if limit <= 0:
+        return moment
+    linear = layer.get_submodule(part.value)
+    assert isinstance(linear, nn.Linear)
+    x = stop.x.reshape(stop.windows, -1, stop.x.shape[-1])[:limit]
+    more = value_moment(F.linear(x, linear.weight, linear.bias), part.heads)
+    return more if moment is None else moment.add_(more)
+
+
+def narrow_heads(
+    layer: nn.Module, part: Parts, bases: Tensor, output_weight: Tensor, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """What takes the place of the two linears, by name. output_weight: (d_out, query heads * width), float64."""
+    value, output = layer.get_submodule(part.value), layer.get_submodule(part.output)
+    assert isinstance(value, nn.Linear) and isinstance(output, nn.Linear)
+    new_value, new_output = _empty_heads(value, output, part, bases.shape[-1], dtype)
+    _fill(new_value, *project_values(value.weight, value.bias, bases))
+    _fill(new_output, output_weight, output.bias)
+    return {part.value: new_value, part.output: new_output}
+
+
+def narrow_mlp(
+    layer: nn.Module, part: Parts, chosen: Tensor, down_weight: Tensor, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """What takes the place of the three linears, by name; passes that wait before `down` go through a stand-in.
+
+    chosen: channels that stay, in rising order; down_weight: (d_out, as many), float64.
+    """
+    down = layer.get_submodule(part.down)
+    assert isinstance(down, nn.Linear)
+    narrow = _linear(down_weight, down.bias, dtype)
+    finished: dict[str, nn.Module] = {part.down: narrow}
+    for name in (part.gate, part.up):
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        rows = linear.weight[chosen], None if linear.bias is None else linear.bias[chosen]
+        finished[name] = _linear(*rows, dtype)
+    layer.set_submodule(part.down, _Picking(narrow, chosen))
+    return finished
+
+
+def _empty_heads(
+    value: nn.Linear, output: nn.Linear, part: Parts, width: int, dtype: torch.dtype
+) -> tuple[PaddedHeads, PickedHeads]:
+    device = value.weight.device
+    sizes = [(one.in_features, one.out_features) for one in (value, output)]
+    return (
+        PaddedHeads(*sizes[0], part.heads, width, value.bias is not None, device, dtype),
+        PickedHeads(*sizes[1], part.query_heads, width, output.bias is not None, device, dtype),
+    )
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, dtype)
+    _fill(linear, weight, bias)
+    return linear
+
+
+@torch.no_grad()
+def _fill(module: nn.Linear | PaddedHeads | PickedHeads, weight: Tensor, bias: Tensor | None) -> None:
+    module.weight.copy_(weight)
+    if bias is not None and module.bias is not None:
+        module.bias.copy_(bias)
+    module.requires_grad_(False)
+
+
+def finite(moment: Tensor, what: str) -> Tensor:
+    """Raises: RunError where it is not, in words; eigh would say something else."""
+    if not torch.isfinite(moment).all():
+        raise RunError(f"{what}: the moments of its input are not finite")
+    return moment
+
+
+def narrow_entries(
+    modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], plan: Plan
+) -> dict[str, dict[str, Any]]:
+    """The `layers` of the quantization config (see integration.py); features are those of the dense model."""
+    ranks = {name: None if isinstance(rank, Channels) else rank for name, rank in plan.items()}
+    entries = layer_entries(modules, ranks)
+    for module in modules:
+        layer, part = described[module.layer], parts[module.layer]
+        role, kept, entry = module.name.removeprefix(f"{layer.name}."), plan[module.name], entries[module.name]
+        if not isinstance(kept, Channels):
+            continue
+        if role == part.value:
+            entry |= {"kind": "narrow_out", "heads": part.heads, "width": int(kept)}
+        elif role == part.output:
+            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": int(kept)}
+        else:
+            entry["kept_in" if role == part.down else "kept_out"] = int(kept)
+        entry["rank"] = min(stored_shape(entry))
+    return entries

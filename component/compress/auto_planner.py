@@ -1,0 +1,96 @@
+"""What --mode m needs to know of --prune auto: the plans of its parts and of their mixture, and who carries them out.
+
+The mixture weighs factors against fewer channels block by block, by what the profile says that both lose. Which of
+the three is written is chosen on held-out windows, so that it is the best of them there.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from component.channels.mixing import Mixing
+from component.channels.narrowing import Narrowing
+from component.compress.channel_planner import NarrowPlanner, narrow_planner
+from component.compress.factor_planner import Means, Planner, planner_for
+from component.compress.job import Job
+from component.compress.recipe import Recipe
+from component.ranks.budget import Channels, Module, Plan
+from component.ranks.by_loss import Block, by_loss_and_form
+from component.solve.solvers import AUTO, EXACT, FACTORING, NARROWING, Solver
+from utils.errors import UsageError
+from utils.layers import DecoderLayer
+
+MIXED = "mixed"
+FORMS = (FACTORING[0], NARROWING, MIXED)  # those of the parts are the values of --prune that make them alone
+
+
+@dataclass(frozen=True)
+class AutoPlanner:
+    """The parts as they are by themselves; a recipe's form says which of them, or the mixture."""
+
+    factors: Planner
+    channels: NarrowPlanner
+
+    def kinds(self, start: Recipe) -> list[Recipe]:
+        """The mixture only where some block is narrower in it."""
+        recipes = [replace(start, form=form) for form in FORMS]
+        mixes = any(isinstance(rank, Channels) for rank in self.plan(recipes[-1]).values())
+        return recipes if mixes else recipes[:-1]
+
+    def plan(self, recipe: Recipe) -> Plan:
+        if recipe.form != MIXED:
+            return self._part(recipe).plan(recipe)
+        assert self.factors.profile is not None
+        curves = self.factors.profile.narrow_curves(recipe.output_shrinkage)
+        blocks = []
+        for layer, part in self.channels.parts_by_layer().items():
+            for names in (part.attention, part.mlp):
+                full = tuple(f"{layer}.{name}" for name in names)
+                blocks.append(Block(full, curves[full[-1]]))
+        return by_loss_and_form(self.factors.budget(recipe), blocks)
+
+    def solver(self, recipe: Recipe) -> Solver:
+        return self._part(recipe).solver(recipe)
+
+    def narrowing(self, recipe: Recipe) -> Narrowing | Mixing | None:
+        if recipe.form != MIXED:
+            return self._part(recipe).narrowing(recipe)
+        return Mixing(self.channels.parts_by_layer(), self.factors.options.ridge, self.factors.weighting(recipe))
+
+    def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
+        return self.channels.entries(plan)
+
+    def _part(self, recipe: Recipe) -> Planner | NarrowPlanner:
+        return self.channels if recipe.form == NARROWING else self.factors
+
+
+def planner_of(
+    job: Job,
+    model: PreTrainedModel,
+    described: list[DecoderLayer],
+    modules: list[Module],
+    start: Recipe,
+    recipes: list[Recipe],
+    means: Means,
+) -> Planner | NarrowPlanner | AutoPlanner:
+    """What --prune asks for, ready for any of the recipes."""
+    options = job.options
+    if options.prune not in (NARROWING, AUTO):
+        return planner_for(job, model, described, modules, start, recipes, means)
+    windows = job.windows[: options.reconstruct_nsamples]
+    narrow = narrow_planner(options, model, described, modules, windows, means)
+    if options.prune == NARROWING:
+        return narrow
+    return AutoPlanner(planner_for(job, model, described, modules, start, recipes, means), narrow)
+
+
+def check_auto(options: Namespace, processes: int) -> None:
+    """Raises: UsageError for flags that can't be met with --prune auto."""
+    if options.allocation != "kl":
+        raise UsageError(f"--prune auto compares losses: it takes --allocation kl, not {options.allocation}")
+    if options.reconstruct_step is not EXACT:
+        raise UsageError(f"--prune {AUTO} fits exactly what it makes: leave out --reconstruct_step")
+    if processes > 1:
+        raise UsageError(f"--prune {AUTO} makes {NARROWING} too, which solves a layer as a whole: no torchrun")
