@@ -15,7 +15,7 @@ from component.runner import ops as kernels
 from component.runner.model import LeanModel
 from component.runner.ops import Coefficients, Heads, Layout, Run, Scratch
 from tests import tiny
-from tests.test_runner import compressed, reference
+from tests.runner.test_model import compressed, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or the interpreter")
