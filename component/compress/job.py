@@ -12,7 +12,7 @@ from torch import Tensor
 
 from component.checkpoint.writer import check_target
 from component.compress.recipe import searches_attention
-from component.solve.solvers import AUTO
+from component.solve.names import AUTO
 from utils import data, models
 from utils.errors import UsageError
 from utils.models import Source
@@ -46,7 +46,9 @@ def prepare(options: Namespace) -> Job:
     before, held_out = data.hold_out(data.tokenize(tokenizer, text.text), options.heldout_nsamples, length)
     count = max(options.pruning_nsamples, options.reconstruct_nsamples)
     windows = data.random_windows(before, count, length, options.seed)
-    if not len(held_out) and (options.tune or searches_attention(options) or options.prune == AUTO):
+    if not len(held_out) and (
+        options.tune or searches_attention(options.allocation, options.attn_ratio) or options.prune == AUTO
+    ):
         raise UsageError(
             "--prune auto, --tune, and --allocation type without --attn_ratio, choose on held-out windows, and there "
             "are none: raise --heldout_nsamples, lower --model_seq_len or take a longer text"

@@ -29,11 +29,12 @@ from component.compress.factor_planner import (
     work_of,
 )
 from component.compress.job import Job, prepare
-from component.compress.recipe import Recipe, as_json, candidates, choose, held_out_perplexity, tunable
+from component.compress.judging import held_out_perplexity
+from component.compress.recipe import Recipe, as_json, candidates, choose, tunable
 from component.flow.streaming import Flows, Refinement, compress_layers
 from component.flow.team import Team, team_for
 from component.ranks.plan import plan_as_json
-from component.solve.solvers import AUTO, NARROWING
+from component.solve.names import AUTO, NARROWING
 from utils import report
 from utils.attention import repeat_heads
 from utils.endings import one_line_endings
@@ -104,7 +105,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     announce(options, modules, flows, device, estimate(shapes, work, machine, isinstance(source, HeldLayers)))
     flows = replace(flows, waiting=waiting_batches(shapes, work, machine))
     means = Means(device, batch, source, shelf, team, flows.waiting)
-    start, names = recipe_of(options), tunable(options)
+    start, names = recipe_of(options), tunable(options.reconstruct_step, options.allocation)
     recipes = candidates(start, names, max(options.tune, 1))
     loaded = watch.seconds()
     planner = planner_of(job, model, described, modules, start, recipes, means)

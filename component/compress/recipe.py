@@ -1,27 +1,15 @@
 """Hyperparameters are chosen on held-out windows of the calibration text, never on the text that is judged.
 
-`choose` looks at recipes through a function that gives a recipe's held-out perplexity; `held_out_perplexity` measures
-one without writing anything.
+`choose` looks at recipes through a function that gives a recipe's held-out perplexity (judging.py).
 """
 
 import itertools
 import logging
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from component.flow.streaming import advance
-from component.solve.moments import full_precision
-from component.solve.solvers import EXACT
-from utils.errors import RunError
-from utils.layers import layer_inputs, logits_from, map_tensors, rest_on
-from utils.placement import home
+from component.solve.names import EXACT
 
 log = logging.getLogger("pifa")
 
@@ -52,20 +40,21 @@ class Recipe:
     form: str | None = None
 
 
-def tunable(options: Namespace) -> list[str]:
+def tunable(reconstruct_step: int | None, allocation: str) -> list[str]:
     """The constants that make a difference with these flags."""
     without = set()
-    if options.reconstruct_step == 0:
+    if reconstruct_step == 0:
         without |= {"old_output_factor", "drift_factor", "token_power"}
-    if options.reconstruct_step is not EXACT:
+    if reconstruct_step is not EXACT:
         without.add("output_shrinkage")
-    if options.allocation != "kl":
+    if allocation != "kl":
         without.add("rank_floor")
     return [name for name in VALUES if name not in without]
 
 
-def searches_attention(options: Namespace) -> bool:
-    return options.allocation == "type" and options.attn_ratio is None
+def searches_attention(allocation: str, attn_ratio: float | None) -> bool:
+    """Whether the density of attention is left to held-out text."""
+    return allocation == "type" and attn_ratio is None
 
 
 def candidates(start: Recipe, names: Sequence[str], count: int) -> list[Recipe]:
@@ -109,45 +98,3 @@ def _said(recipe: Recipe) -> list[str]:
     constants = asdict(recipe)
     form = constants.pop("form")
     return [form] * bool(form) + [f"{name} {value:g}" for name, value in constants.items() if value is not None]
-
-
-@torch.no_grad()
-def window_losses(
-    model: PreTrainedModel,
-    layers: Iterable[tuple[int, nn.Module]],
-    windows: Tensor,
-    device: torch.device,
-    batch: int = 1,
-) -> Tensor:
-    """Mean negative log-likelihood of every window, (count,) float64, with these layers in place of the model's own.
-
-    layers: (index, layer on the device) in order, as compress_layers yields them; only one is held at a time.
-    windows: (count, length) int64; batch: how many go through a layer at once. Norm and head run in float32.
-
-    Raises: RunError where one is not finite.
-    """
-    states, keywords = layer_inputs(model, windows)
-    states = states.to(home(states.nbytes, device))
-    for index, layer in layers:
-        with full_precision():
-            advance(layer, states, map_tensors(keywords[index], lambda tensor: tensor.to(device)), batch)
-    losses = []
-    with rest_on(model, device), full_precision():
-        for window, hidden in zip(windows.to(device), states, strict=True):
-            scores = logits_from(model, window[None], hidden[None].to(device, torch.float32))[0]
-            losses.append(F.cross_entropy(scores[:-1].float(), window[1:]).double())
-    found = torch.stack(losses).cpu()
-    if not torch.isfinite(found).all():
-        raise RunError("the loss on held-out windows is not finite")
-    return found
-
-
-def held_out_perplexity(
-    model: PreTrainedModel,
-    layers: Iterable[tuple[int, nn.Module]],
-    windows: Tensor,
-    device: torch.device,
-    batch: int = 1,
-) -> float:
-    """Perplexity on the windows: see window_losses."""
-    return window_losses(model, layers, windows, device, batch).mean().exp().item()

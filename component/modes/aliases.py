@@ -5,8 +5,9 @@ A command line in, a command line out.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from component.modes.parser import Flag, OneLineParser, parser_of
 from utils.errors import UsageError
 
 UPDATING_NSAMPLES = "16"  # SVD-LLM's own default, far below that for whitening
@@ -42,37 +43,33 @@ SAME: dict[str, tuple[str, ...]] = {
     "nsamples": ("pruning_nsamples", "reconstruct_nsamples"),
     "save": ("save_path",),
     "save_model": ("save_path",),
-    "bi_score": ("bi_score",),
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def add_aliases(parser: argparse.ArgumentParser) -> None:
-    """SVD-LLM's flags, as they are read and as --help shows them."""
-    add = parser.add_argument_group("SVD-LLM's flags, by other names").add_argument
-    add(
-        "--step",
-        type=int,
-        help="instead of --mode: 1 W, 2 W + U, 3 svd + U (these imply --no-use_pifa --allocation uniform "
-        "--heldout_nsamples 0), 4 ppl, 5 bench, 6 info, 7 generate",
-    )
-    add("--ratio", help="--overall_ratio: the fraction REMOVED, as in SVD-LLM")
-    add("--whitening_nsamples", help="--pruning_nsamples")
-    add("--updating_nsamples", help=f"--reconstruct_nsamples; {UPDATING_NSAMPLES} with --step 2 and 3")
-    add("--lora", help="refused: --mode finetune trains adapters and merges them")
-    add = parser.add_argument_group("FLAT-LLM's flags, by other names").add_argument
-    add("--prune_method", help="bi: --mode bi; flatllm: --mode m --prune flatllm, with the paper's one flow")
-    add("--sparsity_ratio", type=int, help="--overall_ratio in percent: the part REMOVED")
-    add("--nsamples", help="--pruning_nsamples and --reconstruct_nsamples")
-    add("--bi_score", help="the influence of the layers: written by --mode bi, read by --prune flatllm")
-    add("--save", help="--save_path, unless there is a --save_model")
-    add("--save_model", help="--save_path")
-    add("--tol", type=float, help="without effect, here as there: widths follow from the density")
-    add("--cache_dir", help="refused: the libraries read the environment variable HF_HOME")
+SVD_LLM, FLAT_LLM = "SVD-LLM's flags, by other names", "FLAT-LLM's flags, by other names"
+ALIASES = (
+    Flag(
+        "step", "In place of --mode: 1 W, 2 W + U, 3 svd + U (these imply --no-use_pifa --allocation uniform "
+        "--heldout_nsamples 0), 4 ppl, 5 bench, 6 info, 7 generate.", SVD_LLM, kind=int,
+    ),
+    Flag("ratio", "Same as --overall_ratio: the fraction REMOVED, as in SVD-LLM.", SVD_LLM),
+    Flag("whitening_nsamples", "Same as --pruning_nsamples.", SVD_LLM, metavar="N"),
+    Flag(
+        "updating_nsamples", f"Same as --reconstruct_nsamples; {UPDATING_NSAMPLES} with --step 2 and 3.", SVD_LLM,
+        metavar="N",
+    ),
+    Flag("lora", "Refused: --mode finetune trains adapters and merges them.", SVD_LLM),
+    Flag(
+        "prune_method", "Same as --mode bi (bi), or --mode m --prune flatllm with the paper's one flow (flatllm).",
+        FLAT_LLM, metavar="NAME",
+    ),
+    Flag("sparsity_ratio", "Same as --overall_ratio in percent: the part REMOVED.", FLAT_LLM, kind=int),
+    Flag("nsamples", "Same as --pruning_nsamples and --reconstruct_nsamples.", FLAT_LLM, metavar="N"),
+    Flag("save", "Same as --save_path, unless there is a --save_model.", FLAT_LLM, metavar="FOLDER"),
+    Flag("save_model", "Same as --save_path.", FLAT_LLM, metavar="FOLDER"),
+    Flag("tol", "Without effect, here as there: widths follow from the density.", FLAT_LLM, kind=float),
+    Flag("cache_dir", "Refused: the libraries read the environment variable HF_HOME.", FLAT_LLM),
+)  # fmt: skip
 
 
 def expand(argv: Sequence[str]) -> list[str]:
@@ -80,9 +77,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 
     Raises: UsageError where the flags contradict each other, or have no meaning here.
     """
-    alias = _Parser(add_help=False, allow_abbrev=False)
-    add_aliases(alias)
-    given, rest = alias.parse_known_args(argv)
+    given, rest = parser_of(ALIASES).parse_known_args(argv)
     if given.lora is not None:
         raise UsageError("--lora is part of --mode finetune here: it trains adapters and merges them into a checkpoint")
     if given.cache_dir is not None:
@@ -144,7 +139,7 @@ def _implied(given: argparse.Namespace, said: dict[str, str]) -> dict[str, Any] 
 
 def _said(argv: Sequence[str]) -> dict[str, str]:
     """The flags that a step may imply, where the command line gives them, and --density."""
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = OneLineParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     names = {name for implied in (*STEPS.values(), *METHODS.values()) for name in implied}
     names |= {name for ours in SAME.values() for name in ours} | {"density", "attn_ratio"}
     for name in sorted(names - {"use_pifa"}):

@@ -6,16 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from component.solve.moments import Moments
+from component.solve.names import EXACT, NARROWING
 from component.solve.reconstruction import EXACT_DAMPING, alternating_factors, exact_factors, target_moment
 from component.solve.whitening import plain_factors, scaled_factors, whitened_factors
-
-FACTORING = ("svd-llm", "svd", "asvd")
-NARROWING = "flatllm"  # whole channels go, and no factors are made (narrowing.py)
-AUTO = "auto"  # per block the better of svd-llm's factors with exact M and fewer channels (mixing.py)
-PRUNERS = (*FACTORING, NARROWING, AUTO)
-EXACT = None  # --reconstruct_step left out
-PLAIN = {"drift_factor": 0.0, "output_shrinkage": 1.0, "token_power": 0.0}  # the papers' methods have none of these
-TUNED = {"drift_factor": 0.5, "output_shrinkage": 0.1, "token_power": 0.5}  # of exact M, chosen on held-out text
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,6 @@ class Solver:
     @property
     def needs_low_rank_flow(self) -> bool:
         return self.needs_gram or self.needs_cross
-
-
-def default_step(prune: str) -> int | None:
-    """The exact minimiser ignores the factors it starts from: it is svd-llm's default, and not of svd or asvd."""
-    return EXACT if prune in ("svd-llm", AUTO) else 0
 
 
 def _no_factors(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import component.compress.pipeline
 import PIFA
 from component.checkpoint.writer import CheckpointWriter
-from component.compress.recipe import VALUES, Recipe, candidates, choose, held_out_perplexity, tunable
+from component.compress.judging import held_out_perplexity
+from component.compress.recipe import VALUES, Recipe, candidates, choose, tunable
 from component.flow.streaming import Flows, compress_layers
 from component.ranks.budget import RANK_FLOOR
 from component.solve.solvers import make_solver

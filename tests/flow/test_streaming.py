@@ -11,8 +11,9 @@ from component.flow.refinement import relative_error
 from component.flow.streaming import Flows, Refinement, add_moments, compress_layers
 from component.format.linear import LowRankLinear
 from component.solve.moments import Moments
+from component.solve.names import FACTORING, default_step
 from component.solve.reconstruction import EXACT_DAMPING, PAPER_RIDGE, exact_factors
-from component.solve.solvers import FACTORING, Solver, default_step, make_solver
+from component.solve.solvers import Solver, make_solver
 from component.solve.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
 from utils.errors import RunError

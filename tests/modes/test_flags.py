@@ -1,5 +1,6 @@
 """PIFA.py: every flag means what it says; a wrong one ends before the work, with exit code 2 and one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import PIFA
+from component.modes import MODES
 from tests import tiny
 from utils import data
 
@@ -93,11 +95,35 @@ def test_a_text_shorter_than_one_window(mode, arguments, tmp_path, bad):
     bad(arguments(mode, dataset=tmp_path / "short.txt", model_path=path), "too few for a window of 32")
 
 
-def test_help_tells_every_flag(capsys):
+def help_of(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        PIFA.main(["--help"])
+        PIFA.main([*argv, "--help"])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_tells_every_mode_and_what_most_of_them_read(capsys):
+    text = help_of(capsys)
+    for name, mode in PIFA.modes().items():
+        assert re.search(rf"^  {name} +{re.escape(mode.SUMMARY)}$", text, flags=re.MULTILINE)
+    assert "--save_path FOLDER" in text and "--seed N" in text and "--fold" not in text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_help_of_a_mode_tells_its_flags_and_no_others(mode, capsys):
+    text = help_of(capsys, "--mode", mode)
+    told = set(re.findall(r"^  --(\w+)", text, flags=re.MULTILINE))
+    assert told == {"mode", *(flag.name for flag in PIFA.modes()[mode].FLAGS)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_help_texts_are_whole_phrases(mode):
+    for flag in PIFA.modes()[mode].FLAGS:
+        assert re.fullmatch(r"[A-Z].*\.", flag.help), flag.name
+
+
+def test_help_tells_every_flag(capsys):
+    text = "".join(help_of(capsys, *(["--mode", mode] if mode else [])) for mode in (None, *MODES))
     flags = """mode model model_path save_path prefix resume overall_ratio density attn_ratio allocation use_pifa prune
         reconstruct_step old_output_factor pruning_nsamples reconstruct_nsamples seed dataset model_seq_len
         eval_batch_size eval_nsamples DEV dtype rank_multiple heldout_nsamples tune drift_factor output_shrinkage
@@ -106,7 +132,59 @@ def test_help_tells_every_flag(capsys):
         task_limit format step ratio whitening_nsamples updating_nsamples lora bits
         group_size quantize_method act_order bi_score prune_method sparsity_ratio nsamples save_model tol
         cache_dir teacher"""
-    assert [flag for flag in flags.split() if f"--{flag} " not in text and f"--{flag}," not in text] == []
+    assert [flag for flag in flags.split() if not re.search(rf"--{flag}\b", text)] == []
+
+
+def test_a_flag_that_the_mode_does_not_read_is_named_and_changes_nothing(arguments, caplog):
+    plain = vars(PIFA.parse(arguments("quantize", prune=None)))
+    caplog.clear()
+    options = vars(PIFA.parse(arguments("quantize", prune="svd", tune=3, use_pifa=True)))
+    assert [m for m in caplog.messages if "does not read" in m] == [
+        "--mode quantize does not read --model, --pruning_nsamples, --prune, --tune, --use_pifa"
+    ]
+    for name in (flag.name for flag in PIFA.modes()["quantize"].FLAGS):
+        assert options[name] == plain[name]
+    assert options["drift_factor"] == 0.5
+
+
+def test_a_wrong_combination_of_flags_of_another_mode_is_no_mistake(arguments, pivoted, tmp_path, good):
+    argv = arguments(
+        "info", model_path=pivoted, save_path=tmp_path, allocation="nope.json", density=0.5, overall_ratio=0.5
+    )
+    assert good(argv)["path"] == str(pivoted)
+
+
+LIGHT = """
+import sys
+import PIFA
+try:
+    code = PIFA.main(sys.argv[1:])
+except SystemExit as ended:
+    code = ended.code
+heavy = [name for name in ("torch", "transformers", "datasets", "safetensors") if name in sys.modules]
+sys.exit(f"{heavy} imported") if heavy else sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("--help", 0),
+        ("--mode m --help", 0),
+        ("--mode compress", 2),
+        ("--mode m --densty 0.5", 2),
+        ("--mode m --model absent.gguf", 2),
+        ("--mode m --model ./absent", 2),
+        ("--mode m --allocation absent.json", 2),
+        ("--mode pifa --model_path absent", 2),
+        ("--mode ppl --model_path absent", 2),
+        ("--mode quantize --bits 5", 2),
+    ],
+)
+def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(line, code):
+    command = [sys.executable, "-c", LIGHT, *line.split()]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stderr
 
 
 def test_it_runs_as_a_script_from_anywhere(tmp_path):

@@ -2,7 +2,7 @@
 
 import PIFA
 from component.compress.factor_planner import recipe_of
-from component.solve.solvers import EXACT, NARROWING, PLAIN, TUNED
+from component.solve.names import EXACT, NARROWING, PLAIN, TUNED
 from tests.reports import demo, quality, wikitext2
 
 CONSTANTS = ("drift_factor", "output_shrinkage", "token_power")

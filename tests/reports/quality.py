@@ -24,8 +24,9 @@ from component.checkpoint.entries import stored_as
 from component.compress.auto_planner import planner_of
 from component.compress.factor_planner import Means, modules_of, recipe_of, storage_of
 from component.compress.job import Job, prepare
+from component.compress.judging import held_out_perplexity, window_losses
 from component.compress.pipeline import BATCH_TOKENS
-from component.compress.recipe import Recipe, choose, held_out_perplexity, window_losses
+from component.compress.recipe import Recipe, choose
 from component.flow.streaming import Flows, Refinement, compress_layers
 from component.ranks.allocation import ALLOCATIONS
 from utils import data, models

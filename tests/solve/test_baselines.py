@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from component.flow.streaming import Flows, compress_layers
 from component.solve.moments import Moments
-from component.solve.solvers import default_step, make_solver
+from component.solve.names import default_step
+from component.solve.solvers import make_solver
 from tests import tiny
 from utils.layers import describe_layers
 

@@ -1,0 +1,3 @@
+"""Choices of --mode bench: plain values, for the parser."""
+
+PARTS = ("layer", "block", "model", "all")

@@ -1,0 +1,3 @@
+"""Choices of --mode export: plain values, for the parser."""
+
+FORMATS = ("transformers", "gguf")

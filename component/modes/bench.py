@@ -1,0 +1,58 @@
+"""--mode bench: how fast and how small the compressed layers are beside what they replace, on this machine."""
+
+from dataclasses import replace
+from typing import Any
+
+from component.bench.names import PARTS
+from component.modes import shared
+from component.modes.parser import Flag, Options
+from utils.errors import UsageError
+
+SUMMARY = "Measure speed and memory of layers, blocks and models."
+MEASURES = "what is measured"
+
+
+def some_time(name: str, value: float) -> None:
+    """Raises: UsageError for no time."""
+    if value <= 0:
+        raise UsageError(f"--{name} takes a time above 0")
+
+
+FLAGS = (
+    replace(
+        shared.MODEL, help="Model whose shapes are measured.", default=None,
+        shown="LLaMA-2-7B's, on a CPU small ones",
+    ),
+    replace(shared.MODEL_PATH, help="Checkpoint that is measured itself.", shown=""),
+    shared.SAVE_PATH,
+    shared.PREFIX,
+    replace(shared.OVERALL_RATIO, shown="0.45"),
+    replace(shared.DENSITY, shown="0.55"),
+    Flag("bench_what", "Part that is measured.", MEASURES, default="all", choices=PARTS),
+    Flag(
+        "bench_dims", "Sizes of square layers.", MEASURES, kind=int, several=True,
+        shown="4096 to 32768, on a CPU 512 1024",
+    ),
+    Flag(
+        "bench_tokens", "Tokens of a call.", MEASURES, kind=int, several=True,
+        shown="1 16 2048 65536, block also 16384, on a CPU 1 256",
+    ),
+    Flag(
+        "bench_seconds", "Seconds of a comparison; 8 rounds at least.", MEASURES, kind=float,
+        shown="2, on a CPU 0.5", check=some_time,
+    ),
+    replace(shared.SEED, help="Seed of the random weights and inputs.", group=MEASURES),
+    shared.DEV,
+    shared.DTYPE,
+)  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for sizes that contradict each other."""
+    shared.fill_density(options, ratio=0.45)
+
+
+def run(options: Options) -> dict[str, Any]:
+    from component.bench.measure import run as engine
+
+    return engine(options)

@@ -1,0 +1,37 @@
+"""--mode bi: how far each decoder layer turns the hidden states (FLAT-LLM's influence), saved in a file."""
+
+from dataclasses import replace
+from typing import Any
+
+from component.modes import shared
+from component.modes.parser import Options
+
+SUMMARY = "Measure the influence of each layer, for --prune flatllm."
+FLAGS = (
+    shared.MODEL,
+    shared.SAVE_PATH,
+    shared.PREFIX,
+    shared.OVERALL_RATIO,
+    shared.DENSITY,
+    replace(shared.BI_SCORE, help="JSON file that is written.", shown="<name>-bi.json under --save_path"),
+    shared.DATASET,
+    shared.MODEL_SEQ_LEN,
+    replace(shared.RECONSTRUCT_NSAMPLES, help="Windows that the influence is measured on."),
+    shared.HELDOUT_NSAMPLES,
+    shared.SEED,
+    shared.DEV,
+    shared.DTYPE,
+)
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for a text or a model that can't be."""
+    shared.fill_density(options)
+    shared.one_text(options)
+    shared.check_model(options)
+
+
+def run(options: Options) -> dict[str, Any]:
+    from component.channels.influence import run as engine
+
+    return engine(options)

@@ -1,0 +1,47 @@
+"""--mode generate: continues a text or answers a chat, token by token on stdout."""
+
+from dataclasses import replace
+from typing import Any
+
+from component.modes import shared
+from component.modes.parser import Flag, Options, at_least, from_zero
+
+SUMMARY = "Continue a text, or answer a chat."
+TEXT = "text"
+FLAGS = (
+    shared.MODEL,
+    shared.MODEL_PATH,
+    shared.SAVE_PATH,
+    Flag(
+        "prompt", "Text to continue; - reads it from the terminal or a pipe.", TEXT,
+        shown="the terminal, if there is one", metavar="TEXT",
+    ),
+    Flag("prompt_file", "File with the text to continue.", TEXT, metavar="FILE"),
+    Flag("max_new_tokens", "Tokens that are added at most.", TEXT, kind=int, default=40, check=at_least(1)),
+    Flag(
+        "temperature", "Temperature of sampling; 0 takes the likeliest token.", TEXT, kind=float, default=0.0,
+        check=from_zero,
+    ),
+    Flag(
+        "chat", "Take the prompt as a message to answer.", TEXT, kind=bool, negatable=True,
+        shown="on where the tokenizer has a chat template",
+    ),
+    replace(
+        shared.MODEL_SEQ_LEN, help="Tokens of a prompt at most, for the cache of the lean runner.", group=TEXT,
+        default=shared.by_device(512, 2048, announced=False),
+    ),
+    replace(shared.SEED, help="Seed of sampling.", group=TEXT),
+    shared.DEV,
+    shared.DTYPE,
+)  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for a model that is not there."""
+    shared.check_subject(options)
+
+
+def run(options: Options) -> dict[str, Any]:
+    from component.runner.generation import run as engine
+
+    return engine(options)

@@ -1,0 +1,151 @@
+"""--mode m: a dense model in, a folder of low-rank factors out (or of fewer channels, or of both)."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from component.compress.recipe import tunable
+from component.modes import shared
+from component.modes.parser import Flag, Options, at_least, from_zero, within
+from component.ranks.allocation import ALLOCATIONS
+from component.solve.names import EXACT, PLAIN, PRUNERS, TUNED, default_step
+from utils.errors import UsageError
+
+SUMMARY = "Compress a dense model into low-rank factors."
+METHOD, RANKS = "method", "ranks"
+MOST_PROFILED = 64  # windows: the profile keeps the hidden states of every layer
+
+
+def profiled(options: Options, _name: str) -> int:
+    """Windows of the profile: on a CPU half, since its backward pass costs more than what it is for."""
+    share = 2 if options.DEV == "cpu" else 1
+    return min(-(-options.reconstruct_nsamples // share), MOST_PROFILED)
+
+
+FLAGS = (
+    shared.MODEL,
+    shared.SAVE_PATH,
+    shared.PREFIX,
+    shared.RESUME,
+    shared.OVERALL_RATIO,
+    shared.DENSITY,
+    Flag(
+        "attn_ratio", "Fraction removed in attention, in [0,1); the MLP balances it. Selects --allocation type.",
+        shared.SIZE, kind=float, metavar="RATIO", check=within("[0", "1)", shared.REMOVED),
+    ),
+    Flag(
+        "allocation", f"How ranks are shared out: {', '.join(ALLOCATIONS)}, or a plan's .json file.", RANKS,
+        shown="kl with exact M, iprs with flatllm, else uniform", metavar="NAME",
+    ),
+    Flag("owl", "Select --allocation owl; with --attn_ratio the paper's MPIFA_NS.", RANKS, kind=bool, default=False),
+    Flag(
+        "rank_multiple", "Number that ranks are multiples of, where they reach it.", RANKS, kind=int, default=1,
+        check=at_least(1),
+    ),
+    Flag("use_pifa", "Pay for ranks what pivoted storage costs.", RANKS, kind=bool, default=True, negatable=True),
+    Flag(
+        "prune", "Factors by svd-llm, svd or asvd; fewer channels by flatllm; the better of both, by block, by auto.",
+        METHOD, default="svd-llm", choices=PRUNERS,
+    ),
+    Flag(
+        "reconstruct_step", "Reconstruction: 0 none, 1 U, 2 U then V, -1 V.", METHOD, kind=int,
+        shown="exact M; 0 for svd, asvd and flatllm", choices=(0, 1, 2, -1),
+    ),
+    replace(shared.OLD_OUTPUT_FACTOR, group=METHOD),
+    replace(shared.DRIFT_FACTOR, group=METHOD, shown="0.5 with exact M, else 0"),
+    Flag(
+        "output_shrinkage", "Shrinkage, in (0,1], of the gradients that weigh output errors; 1 weighs all alike.",
+        METHOD, kind=float, shown="0.1 with exact M, else 1", check=within("(0", "1]"),
+    ),
+    Flag(
+        "token_power", "Power of the gradients that weigh tokens; 0 weighs all alike.", METHOD, kind=float,
+        shown="0.5 with exact M, else 0", check=from_zero,
+    ),
+    Flag(
+        "ridge", "Pull of exact M towards the original weight, in mean squared inputs.", METHOD, kind=float,
+        default=1e-3, check=from_zero,
+    ),
+    Flag(
+        "passes", "Profiles; the second one is taken through a first compressed model.", METHOD, kind=int, default=1,
+        check=at_least(1),
+    ),
+    Flag(
+        "tune", "Candidates among which held-out windows choose the constants; 0 takes them as they are.", METHOD,
+        kind=int, default=0, check=at_least(0),
+    ),
+    Flag(
+        "refine_steps", "Optimiser steps for each finished layer; with any, nothing is training-free.", METHOD,
+        kind=int, default=0, check=at_least(0),
+    ),
+    shared.BI_SCORE,
+    shared.DATASET,
+    shared.MODEL_SEQ_LEN,
+    shared.PRUNING_NSAMPLES,
+    shared.RECONSTRUCT_NSAMPLES,
+    shared.HELDOUT_NSAMPLES,
+    Flag(
+        "profile_nsamples", "Windows of the profile.", shared.CALIBRATION, kind=int, default=profiled,
+        shown="those for reconstruction, on a CPU half of them, 64 at most", check=at_least(1),
+    ),
+    Flag(
+        "profiling_mat_path", "Folder of the profile, made or reused.", shared.CALIBRATION,
+        shown="one under --save_path", metavar="FOLDER",
+    ),
+    shared.SEED,
+    shared.DEV,
+    shared.DTYPE,
+    shared.HOST_MEMORY,
+)  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for flags that contradict each other or need what is not there."""
+    shared.fill_density(options)
+    _fill_method(options)
+    _fill_allocation(options)
+    if options.tune and not tunable(options.reconstruct_step, options.allocation):
+        raise UsageError("--tune has nothing to choose here: it needs a reconstruction or --allocation kl")
+    shared.one_text(options)
+    shared.check_model(options)
+
+
+def _fill_method(options: Options) -> None:
+    """The step, and for exact M the constants that held-out text chose; the published steps keep to the paper."""
+    if options.reconstruct_step is None:
+        options.reconstruct_step = default_step(options.prune)
+    exact = options.reconstruct_step is EXACT
+    for flag, value in (TUNED if exact else PLAIN).items():
+        if getattr(options, flag) is None:
+            setattr(options, flag, value)
+    if options.output_shrinkage == PLAIN["output_shrinkage"]:
+        options.output_shrinkage = None
+    for flag in ("drift_factor", "token_power", "refine_steps"):
+        if getattr(options, flag) and options.reconstruct_step == 0:
+            raise UsageError(f"--{flag} needs a reconstruction: leave out --reconstruct_step 0")
+    if options.output_shrinkage is not None and not exact:
+        raise UsageError("--output_shrinkage is for the exact solver: leave out --reconstruct_step, use svd-llm")
+
+
+def _fill_allocation(options: Options) -> None:
+    """--attn_ratio selects type, --owl owl, both together owl times type; another explicit one is refused.
+
+    Else the published methods have the same density everywhere, as the papers do, and exact M the best ranks.
+    """
+    implied = "owl" if options.owl else "type" if options.attn_ratio is not None else None
+    flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))
+    if implied and options.allocation not in (None, implied):
+        raise UsageError(f"{flags} selects --allocation {implied} and can't go with {options.allocation}")
+    options.allocation = options.allocation or implied or ("kl" if options.reconstruct_step is EXACT else "uniform")
+    if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
+        raise UsageError(
+            f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
+        )
+    if options.allocation.endswith(".json") and not Path(options.allocation).is_file():
+        raise UsageError(f"no such plan: {options.allocation}")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Compress --model and write the checkpoint; returns the result record."""
+    from component.compress.pipeline import run as engine
+
+    return engine(options)

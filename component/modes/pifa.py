@@ -1,0 +1,32 @@
+"""--mode pifa: a folder of low-rank factors in, a folder of pivots and coefficients out."""
+
+from dataclasses import replace
+from typing import Any
+
+from component.modes import shared
+from component.modes.parser import Flag, Options
+
+SUMMARY = "Turn low-rank factors into pivots and coefficients: smaller and faster, the same function."
+FLAGS = (
+    replace(shared.MODEL_PATH, help="Checkpoint of --mode m to pivot.", shown="the newest one under --save_path"),
+    shared.SAVE_PATH,
+    shared.RESUME,
+    Flag(
+        "fold", "Leave channels that go on to another linear in pivot order, so that nothing is reordered there.",
+        "pivoting", kind=bool, default=False, only=True,
+    ),
+    shared.DEV,
+    shared.DTYPE,
+)  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for a folder that is not there."""
+    if options.model_path != shared.ORIGINAL:
+        shared.check_subject(options)
+
+
+def run(options: Options) -> dict[str, Any]:
+    from component.pivot.shards import run as engine
+
+    return engine(options)

@@ -1,0 +1,66 @@
+"""--mode quantize: the factors of a checkpoint as integers of 4 or 8 bits."""
+
+from dataclasses import replace
+from typing import Any
+
+from component.modes import shared
+from component.modes.parser import Flag, Options, from_zero
+from component.quantize.names import BITS, METHODS
+from utils.errors import UsageError
+
+SUMMARY = "Store the factors of a checkpoint as integers."
+ROUNDING = "rounding"
+
+
+def eights(name: str, value: int) -> None:
+    """Raises: UsageError for a group size that packing can't take."""
+    if value < 8 or value % 8:
+        raise UsageError(f"--{name} {value} is no multiple of 8")
+
+
+FLAGS = (
+    replace(shared.MODEL_PATH, help="Checkpoint whose factors are rounded."),
+    shared.SAVE_PATH,
+    shared.PREFIX,
+    shared.RESUME,
+    Flag("bits", "Bits of every weight of the decoder linears.", ROUNDING, kind=int, default=4, choices=BITS),
+    Flag(
+        "group_size", "Input columns that share a scale, a multiple of 8; the last group may be shorter.", ROUNDING,
+        kind=int, default=64, check=eights,
+    ),
+    Flag(
+        "quantize_method", "Rounding by GPTQ, with calibration text, or to nearest (rtn), without.", ROUNDING,
+        default="gptq", choices=METHODS,
+    ),
+    Flag(
+        "act_order", "Let GPTQ take columns with the largest inputs first.", ROUNDING, kind=bool, default=True,
+        negatable=True,
+    ),
+    Flag(
+        "integer_share", "Share of the linears' float16 bytes at most; what suffers most as factors gets more.",
+        ROUNDING, kind=float, default=0.32, check=from_zero,
+    ),
+    shared.OLD_OUTPUT_FACTOR,
+    replace(shared.DRIFT_FACTOR, default=0.5),
+    shared.DATASET,
+    shared.MODEL_SEQ_LEN,
+    replace(shared.RECONSTRUCT_NSAMPLES, help="Windows of calibration."),
+    shared.HELDOUT_NSAMPLES,
+    shared.SEED,
+    shared.DEV,
+    shared.DTYPE,
+    shared.HOST_MEMORY,
+)  # fmt: skip
+
+
+def check(options: Options) -> None:
+    """Raises: UsageError for a text or a folder that can't be."""
+    shared.one_text(options)
+    if options.model_path != shared.ORIGINAL:
+        shared.check_subject(options)
+
+
+def run(options: Options) -> dict[str, Any]:
+    from component.quantize.folder import run as engine
+
+    return engine(options)
