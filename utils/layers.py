@@ -164,6 +164,13 @@ def run_layer(layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]) -> Ten
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def advance(layer: nn.Module, states: Tensor, kwargs: dict[str, Any], *, batch: int) -> None:
+    """Replace hidden states by the layer's outputs, so many windows at a time, in place."""
+    device = next(layer.parameters()).device
+    for part in states.split(batch):
+        part.copy_(run_layer(layer, part.to(device), kwargs))
+
+
 @contextlib.contextmanager
 def watching(layer: nn.Module, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """While the block runs, see(name, input, output) is called after every call of the named linears of the layer."""

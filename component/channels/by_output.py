@@ -18,7 +18,7 @@ LEAST_UNSEEN = 1e-3
 ROUNDS = 16  # in which channels are given up; the others make up for them after each
 
 
-def head_blocks(moment: Tensor, query_heads: int, heads: int) -> Tensor:
+def head_blocks(moment: Tensor, *, query_heads: int, heads: int) -> Tensor:
     """Second moment of what reaches each head of the values, summed over the query heads that read it.
 
     moment: (query_heads * head_dim,) squared. Returns (heads, head_dim, head_dim).
@@ -28,7 +28,7 @@ def head_blocks(moment: Tensor, query_heads: int, heads: int) -> Tensor:
     return own.unflatten(0, (heads, -1)).sum(1)
 
 
-def head_metric(weight: Tensor, query_heads: int, heads: int) -> Tensor:
+def head_metric(weight: Tensor, *, query_heads: int, heads: int) -> Tensor:
     """O_h^T O_h by head of the values, summed over its query heads. weight: (d_out, query_heads * head_dim)."""
     by_head = weight.unflatten(1, (heads, query_heads // heads, -1))
     return torch.einsum("oqgk,oqgl->qkl", by_head, by_head)
@@ -49,24 +49,24 @@ def head_directions(moment: Tensor, metric: Tensor, what: str = "module") -> tup
     return factors @ vectors, torch.linalg.solve_triangular(factors.mT, vectors, upper=True).mT
 
 
-def head_bases(moment: Tensor, metric: Tensor, width: int, what: str = "module") -> Tensor:
+def reading_axes(moment: Tensor, metric: Tensor, width: int, *, what: str = "module") -> Tensor:
     """An orthonormal basis of the first `width` encoding directions: (heads, head_dim, width)."""
     _, encode = head_directions(moment, metric, what)
     return torch.linalg.qr(encode[:, :width].mT).Q
 
 
 def narrow_output(
-    weight: Tensor, target: Tensor, moment: Tensor, bases: Tensor, damping: float, what: str = "module"
+    weight: Tensor, target: Tensor, moment: Tensor, *, bases: Tensor, damping: float, what: str = "module"
 ) -> Tensor:
     """The output projection fitted to heads in these bases: see `refitted`; (d_out, query heads * width) float64.
 
     weight: (d_out, query heads * head_dim); target: Y z^T of the same shape; moment: z z^T of the full heads.
     """
     inner = absorb_bases(absorb_bases(moment, bases).T, bases)
-    return refitted(absorb_bases(weight, bases), absorb_bases(target, bases), inner, damping, what)
+    return refitted(absorb_bases(weight, bases), absorb_bases(target, bases), inner, damping=damping, what=what)
 
 
-def channel_order(weight: Tensor, moment: Tensor, damping: float, what: str = "module") -> Tensor:
+def channel_order(weight: Tensor, moment: Tensor, damping: float, *, what: str = "module") -> Tensor:
     """Channels, those that the output can least do without first: (n,) int64.
 
     A sixteenth of all goes at a time: those whose loss ||w_j||^2 / (H^-1)_jj is least, and the columns w_j of the
@@ -93,6 +93,7 @@ def channel_order(weight: Tensor, moment: Tensor, damping: float, what: str = "m
 def head_curve(
     weight: Tensor,
     gram: Tensor,
+    *,
     inputs: Tensor,
     gradients: Tensor,
     weighting: Tensor | None,
@@ -105,8 +106,8 @@ def head_curve(
     weight: (d_out, query_heads * head_dim) of the output projection; gram: of its inputs, float64; inputs, gradients:
     of the same tokens, (tokens, d_in) and (tokens, d_out); weighting: L_g or None.
     """
-    metric = head_metric(weighted(weight, weighting), query_heads, heads)
-    decode, encode = head_directions(head_blocks(gram, query_heads, heads), metric, what)
+    metric = head_metric(weighted(weight, weighting), query_heads=query_heads, heads=heads)
+    decode, encode = head_directions(head_blocks(gram, query_heads=query_heads, heads=heads), metric, what)
     written = absorb_bases(weight, decode).float()  # (d_out, query_heads * head_dim)
     shared = encode.repeat_interleave(query_heads // heads, 0).float()
     read = torch.einsum("tqk,qjk->tqj", inputs.float().unflatten(1, (query_heads, -1)), shared)
@@ -117,6 +118,7 @@ def head_curve(
 def channel_curve(
     weight: Tensor,
     gram: Tensor,
+    *,
     inputs: Tensor,
     gradients: Tensor,
     weighting: Tensor | None,
@@ -131,7 +133,7 @@ def channel_curve(
 
     weight: (d_out, n) of the projection behind the MLP; tokens: T, of the gram; the rest as in `head_curve`.
     """
-    order = channel_order(weighted(weight, weighting), gram, EXACT_DAMPING, what)
+    order = channel_order(weighted(weight, weighting), gram, EXACT_DAMPING, what=what)
     factor, _ = damped_cholesky(gram[order][:, order], EXACT_DAMPING, what)
     written = weight.double()[:, order] @ factor
     inverse = torch.linalg.solve_triangular(

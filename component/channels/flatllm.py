@@ -21,7 +21,7 @@ def value_moment(values: Tensor, heads: int) -> Tensor:
     return (v.mT @ v).double()
 
 
-def head_bases(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def head_axes(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The principal axes of every head, Q_h, and the second moment that lies outside of them.
 
     moment: (heads, head_dim, head_dim), symmetric. Returns Q: (heads, head_dim, width) float64 with orthonormal
@@ -73,7 +73,7 @@ def most_telling(scores: Tensor, count: int) -> Tensor:
 
 
 def compensated(
-    weight: Tensor, target: Tensor, moment: Tensor, kept: Tensor, damping: float, what: str = "module"
+    weight: Tensor, target: Tensor, moment: Tensor, *, kept: Tensor, damping: float, what: str = "module"
 ) -> Tensor:
     """The minimiser W' of ||Y - W' z_S||^2 + mu ||W S - W'||^2: Nystrom's W C S (S^T C S)^-1 where Y = W z and mu = 0.
 
@@ -82,10 +82,10 @@ def compensated(
     weight: W (d_out, n); target: Y z^T (d_out, n), W C where nothing else is asked for; moment: C = z z^T (n, n),
     float64; kept: S as indices (k,); damping: mu over the mean diagonal of S^T C S. Returns (d_out, k) float64.
     """
-    return refitted(weight.double()[:, kept], target[:, kept], moment[kept][:, kept], damping, what)
+    return refitted(weight.double()[:, kept], target[:, kept], moment[kept][:, kept], damping=damping, what=what)
 
 
-def refitted(weight: Tensor, target: Tensor, moment: Tensor, damping: float, what: str = "module") -> Tensor:
+def refitted(weight: Tensor, target: Tensor, moment: Tensor, *, damping: float, what: str = "module") -> Tensor:
     """The minimiser W' of ||Y - W' z||^2 + mu ||W - W'||^2. target: Y z^T; moment: z z^T; damping: mu over its mean."""
     factor, mu = damped_cholesky(moment, damping, what)
     return solve_right(target + mu * weight.double(), factor)

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from component.channels.narrowing import narrow_plan
 from component.channels.parts import parts_of
 from component.checkpoint.writer import check_target
-from component.compress.factor_planner import modules_of
-from component.flow.streaming import advance
-from component.solve.moments import full_precision
+from component.flow.modules import modules_of
 from component.solve.sensitivity import angular_influence
 from utils import data, models, report
 from utils.errors import RunError, UsageError
-from utils.layers import DecoderLayer, LayerSource, describe_layers, layer_inputs, map_tensors
+from utils.layers import DecoderLayer, LayerSource, advance, describe_layers, layer_inputs, map_tensors
 from utils.placement import Shelf
+from utils.precision import full_precision
 from utils.source_weights import open_model
 from utils.whole_files import hash_of, read_json, write_json
 
@@ -36,6 +35,7 @@ def block_influence(
     model: PreTrainedModel,
     described: list[DecoderLayer],
     windows: Tensor,
+    *,
     device: torch.device,
     source: LayerSource,
     shelf: Shelf | None = None,
@@ -52,7 +52,7 @@ def block_influence(
         kwargs = map_tensors(given, lambda tensor: tensor.to(device))
         before.copy_(states)
         with source.filled(layer.name, device) as module, torch.no_grad(), full_precision():
-            advance(module, states, kwargs, batch)
+            advance(module, states, kwargs, batch=batch)
         parts = zip(before.split(batch), states.split(batch), strict=True)
         found.append(sum(angular_influence(*part) * len(part[0]) for part in parts) / len(windows))
         if not torch.isfinite(torch.tensor(found[-1])):
@@ -106,8 +106,8 @@ def run(options: Namespace) -> dict[str, Any]:
     described, influence = describe_layers(model, layers), []
     modules = modules_of(model, described)
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    influence = block_influence(model, described, windows, device, layers)
-    plan = narrow_plan(modules, described, parts, options.density, influence)
+    influence = block_influence(model, described, windows, device=device, source=layers)
+    plan = narrow_plan(modules, described, parts, density=options.density, influence=influence)
     settings = {
         "model": options.model,
         "dataset": text.name,

@@ -1,7 +1,7 @@
 """--prune auto in a decoder layer: low-rank factors and narrower blocks side by side, from the same moments."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from component.channels.by_output import channel_order, head_bases, head_blocks, head_metric, narrow_output, weighted
+from component.channels.by_output import channel_order, head_blocks, head_metric, narrow_output, reading_axes, weighted
 from component.channels.flatllm import compensated
 from component.channels.narrowing import finite, narrow_heads, narrow_mlp
 from component.channels.parts import Parts
-from component.flow.streaming import Flows, LayerAtWork, solve_layer
-from component.flow.team import Team
+from component.flow.means import Flows, Means
+from component.flow.solving import LayerAtWork, solve_layer
 from component.ranks.budget import Channels
 from component.solve.moments import Moments
 from component.solve.solvers import Solver
@@ -22,7 +22,7 @@ from component.solve.solvers import Solver
 
 @dataclass(frozen=True)
 class Mixing:
-    """How layers are made; an instance takes the place of the solving of groups in `compress_layers`.
+    """How layers are made; an instance is a LayerSolver.
 
     A block of which the plan says channels stays dense until the passes reach the projection behind it. This is then
     fitted to what is left of its input, to the target that factors would be fitted to.
@@ -31,44 +31,40 @@ class Mixing:
     """
 
     parts: Mapping[str, Parts]
+    _: KW_ONLY
     damping: float
     weighting: Callable[[str], Tensor] | None
 
     def __call__(
-        self,
-        layer: LayerAtWork,
-        plan: Mapping[str, int | None],
-        solver: Solver,
-        flows: Flows,
-        team: Team,
+        self, layer: LayerAtWork, plan: Mapping[str, int | None], *, solver: Solver, flows: Flows, means: Means
     ) -> None:
-        """See `solve_layer`; plan: rank or channels of each linear of the layer."""
-        name = layer.described.name
-        part = self.parts[name]
+        """See `LayerSolver`; plan: rank or channels of each linear of the layer."""
+        part = self.parts[layer.described.name]
         behind = part.output, part.down
-        ranks = {name: None if isinstance(n, Channels) and name not in behind else n for name, n in plan.items()}
-        narrow = partial(self._narrow, name, part, solver, layer.dtype)
-        solve_layer(layer, ranks, solver, flows, team, narrow)
+        now = {name: None if isinstance(n, Channels) and name not in behind else n for name, n in plan.items()}
+
+        narrow = partial(self._narrow, layer, part, solver=solver)
+        solve_layer(layer, now, solver=solver, flows=flows, means=means, narrow=narrow)
 
     def _narrow(
-        self, layer_name: str, part: Parts, solver: Solver, dtype: torch.dtype,
-        layer: nn.Module, name: str, count: int, moments: Moments,
-    ) -> dict[str, nn.Module]:  # fmt: skip
-        what = f"{layer_name}.{name}"
-        linear = layer.get_submodule(name)
+        self, layer: LayerAtWork, part: Parts, name: str, *, count: int, moments: Moments, solver: Solver
+    ) -> dict[str, nn.Module]:
+        what = f"{layer.described.name}.{name}"
+        linear = layer.small.get_submodule(name)
         assert isinstance(linear, nn.Linear) and moments.gram is not None and solver.target is not None
         gram, weight = finite(moments.gram, what), linear.weight.double()
         target = solver.target(weight, moments)
         seen = weighted(weight, None if self.weighting is None else self.weighting(what).to(weight.device))
+        fit: dict[str, Any] = {"damping": self.damping, "what": what}
         if name == part.down:
-            chosen = channel_order(seen, gram, self.damping, what)[:count].sort().values
-            fitted = compensated(weight, target, gram, chosen, self.damping, what)
-            return narrow_mlp(layer, part, chosen, fitted, dtype)
-        heads = part.query_heads, part.heads
-        bases = head_bases(head_blocks(gram, *heads), head_metric(seen, *heads), count, what)
-        fitted = narrow_output(weight, target, gram, bases, self.damping, what)
-        finished = narrow_heads(layer, part, bases, fitted, dtype)
-        layer.set_submodule(name, _InBases(finished[name], bases))
+            chosen = channel_order(seen, gram, **fit)[:count].sort().values
+            fitted = compensated(weight, target, gram, kept=chosen, **fit)
+            return narrow_mlp(layer.small, part, chosen=chosen, down_weight=fitted, dtype=layer.dtype)
+        heads = {"query_heads": part.query_heads, "heads": part.heads}
+        bases = reading_axes(head_blocks(gram, **heads), head_metric(seen, **heads), count, what=what)
+        fitted = narrow_output(weight, target, gram, bases=bases, **fit)
+        finished = narrow_heads(layer.small, part, bases=bases, output_weight=fitted, dtype=layer.dtype)
+        layer.small.set_submodule(name, _InBases(finished[name], bases))
         return finished
 
 

@@ -1,7 +1,7 @@
 """--prune flatllm in a decoder layer: which linears it makes narrower, by how much, from which data, and as what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from component.channels.flatllm import (
     absorb_bases,
     compensated,
-    head_bases,
+    head_axes,
     leverage_scores,
     most_telling,
     project_values,
@@ -19,9 +19,9 @@ from component.channels.flatllm import (
 )
 from component.channels.parts import Parts
 from component.checkpoint.entries import layer_entries, stored_shape
-from component.flow.lockstep import Stop, lockstep
-from component.flow.streaming import Flows, LayerAtWork, add_moments
-from component.flow.team import Team
+from component.flow.lockstep import Stop
+from component.flow.means import Flows, Means
+from component.flow.solving import LayerAtWork, add_moments
 from component.format.narrow import PaddedHeads, PickedHeads
 from component.ranks.allocation import balanced
 from component.ranks.budget import Budget, Channels, Module, Plan
@@ -39,6 +39,7 @@ def narrow_plan(
     modules: Sequence[Module],
     described: Sequence[DecoderLayer],
     parts: Sequence[Parts],
+    *,
     density: float,
     influence: Sequence[float],
 ) -> Plan:
@@ -77,74 +78,61 @@ def narrow_plan(
 
 @dataclass(frozen=True)
 class Narrowing:
-    """How layers are narrowed; an instance takes the place of the solving of groups in `compress_layers`.
+    """How layers are narrowed; an instance is a LayerSolver.
 
     parts: by full name of the layer; mix_ratio: lambda of the MLP's target, between the dense flow and what the
     original projection makes of the narrow one; damping: of the compensation.
     """
 
     parts: Mapping[str, Parts]
+    _: KW_ONLY
     mix_ratio: float
     damping: float
 
     def __call__(
-        self,
-        layer: LayerAtWork,
-        widths: Mapping[str, int | None],
-        solver: Solver,
-        flows: Flows,
-        _team: Team,
+        self, layer: LayerAtWork, plan: Mapping[str, int | None], *, solver: Solver, flows: Flows, means: Means
     ) -> None:
-        """Narrow the linears of the small layer, and replace the states of both flows by the outputs.
-
-        The MLP sees what the narrow attention writes.
-        """
-        dense, small, described, states, kwargs, dtype, first, threads = layer
-        part = self.parts[described.name]
-        width, kept = widths[part.value], widths[part.down]
+        """See `LayerSolver`. The MLP sees what the narrow attention writes."""
+        part = self.parts[layer.described.name]
+        width, kept = plan[part.value], plan[part.down]
         stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
-        assert states[1] is not None
-        batches = [list(flow.split(flows.batch)) for flow in states if flow is not None]
         finished: dict[str, nn.Module] = {}
-        with (
-            lockstep(dense, stops, batches[0], kwargs, flows.waiting, threads) as dense_flow,
-            lockstep(small, stops, batches[1], kwargs, flows.waiting, threads) as flow,
-        ):
+        with layer.passes(stops, means) as (dense_flow, flow):
             if width is not None:
-                moment, start = None, first
+                moment, start = None, layer.first
                 for _, stop in zip(dense_flow.at(part.value), flow.at(part.value), strict=True):
-                    moment = _add_values(moment, small, part, stop, flows.reconstruction - start)
+                    moment = _add_values(moment, layer.small, part, stop=stop, limit=flows.reconstruction - start)
                     start += stop.windows
-                self._narrow_heads(small, part, moment, width, dtype, described.name)
+                self._narrow_heads(layer, part, moment, width=width)
             if kept is not None:
-                moments, start = Moments(), first
+                moments, start = Moments(), layer.first
                 for dense_stop, stop in zip(dense_flow.at(part.down), flow.at(part.down), strict=True):
-                    add_moments(moments, dense_stop, stop, solver, flows, None, start)
+                    add_moments(moments, dense_stop, stop, solver=solver, flows=flows, weights=None, start=start)
                     start += dense_stop.windows
-                finished = self._narrow_mlp(small, part, moments, kept, dtype, described.name)
-            for passes, batch in zip((dense_flow, flow), batches, strict=True):
-                for states_of_batch, output in zip(batch, passes.outputs(), strict=True):
-                    states_of_batch.copy_(output)
+                finished = self._narrow_mlp(layer, part, moments, kept=kept)
+            for passes, batches in zip((dense_flow, flow), layer.batches(means.batch), strict=True):
+                for states, output in zip(batches, passes.outputs(), strict=True):
+                    states.copy_(output)
         for name, module in finished.items():
-            small.set_submodule(name, module)
+            layer.small.set_submodule(name, module)
 
-    def _narrow_heads(self, layer: nn.Module, part: Parts, moment: Tensor | None, width: int, dtype, what: str) -> None:
+    def _narrow_heads(self, layer: LayerAtWork, part: Parts, moment: Tensor | None, *, width: int) -> None:
         assert moment is not None
-        bases, _ = head_bases(finite(moment, f"{what}.{part.value}"), width)
-        output: Any = layer.get_submodule(part.output)
-        for name, module in narrow_heads(layer, part, bases, absorb_bases(output.weight, bases), dtype).items():
-            layer.set_submodule(name, module)
+        bases, _ = head_axes(finite(moment, f"{layer.described.name}.{part.value}"), width)
+        output: Any = layer.small.get_submodule(part.output)
+        weight = absorb_bases(output.weight, bases)
+        narrow = narrow_heads(layer.small, part, bases=bases, output_weight=weight, dtype=layer.dtype)
+        for name, module in narrow.items():
+            layer.small.set_submodule(name, module)
 
-    def _narrow_mlp(
-        self, layer: nn.Module, part: Parts, moments: Moments, kept: int, dtype: torch.dtype, what: str
-    ) -> dict[str, nn.Module]:
-        assert moments.gram is not None
-        gram, down = moments.gram, layer.get_submodule(part.down)
-        assert isinstance(down, nn.Linear)
-        chosen = most_telling(leverage_scores(finite(gram, f"{what}.{part.down}"), LEVERAGE_RIDGE), kept)
-        target = target_moment(down.weight, gram, moments.cross, self.mix_ratio)
-        weight = compensated(down.weight, target, gram, chosen, self.damping, f"{what}.{part.down}")
-        return narrow_mlp(layer, part, chosen, weight, dtype)
+    def _narrow_mlp(self, layer: LayerAtWork, part: Parts, moments: Moments, *, kept: int) -> dict[str, nn.Module]:
+        what = f"{layer.described.name}.{part.down}"
+        gram, down = moments.gram, layer.small.get_submodule(part.down)
+        assert gram is not None and isinstance(down, nn.Linear)
+        chosen = most_telling(leverage_scores(finite(gram, what), LEVERAGE_RIDGE), kept)
+        target = target_moment(down.weight, gram, moments.cross, mix_ratio=self.mix_ratio)
+        weight = compensated(down.weight, target, gram, kept=chosen, damping=self.damping, what=what)
+        return narrow_mlp(layer.small, part, chosen=chosen, down_weight=weight, dtype=layer.dtype)
 
 
 class _Picking(nn.Module):
@@ -158,7 +146,7 @@ class _Picking(nn.Module):
         return self.linear(x[..., self.chosen])
 
 
-def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, stop: Stop, limit: int) -> Tensor | None:
+def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, *, stop: Stop, limit: int) -> Tensor | None:
     """Add the values of the first `limit` windows where a pass waits before them."""
     if limit <= 0:
         return moment
@@ -170,19 +158,19 @@ def _add_values(moment: Tensor | None, layer: nn.Module, part: Parts, stop: Stop
 
 
 def narrow_heads(
-    layer: nn.Module, part: Parts, bases: Tensor, output_weight: Tensor, dtype: torch.dtype
+    layer: nn.Module, part: Parts, *, bases: Tensor, output_weight: Tensor, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
     """What takes the place of the two linears, by name. output_weight: (d_out, query heads * width), float64."""
     value, output = layer.get_submodule(part.value), layer.get_submodule(part.output)
     assert isinstance(value, nn.Linear) and isinstance(output, nn.Linear)
-    new_value, new_output = _empty_heads(value, output, part, bases.shape[-1], dtype)
+    new_value, new_output = _empty_heads(value, output, part=part, width=bases.shape[-1], dtype=dtype)
     _fill(new_value, *project_values(value.weight, value.bias, bases))
     _fill(new_output, output_weight, output.bias)
     return {part.value: new_value, part.output: new_output}
 
 
 def narrow_mlp(
-    layer: nn.Module, part: Parts, chosen: Tensor, down_weight: Tensor, dtype: torch.dtype
+    layer: nn.Module, part: Parts, *, chosen: Tensor, down_weight: Tensor, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
     """What takes the place of the three linears, by name; passes that wait before `down` go through a stand-in.
 
@@ -202,7 +190,7 @@ def narrow_mlp(
 
 
 def _empty_heads(
-    value: nn.Linear, output: nn.Linear, part: Parts, width: int, dtype: torch.dtype
+    value: nn.Linear, output: nn.Linear, *, part: Parts, width: int, dtype: torch.dtype
 ) -> tuple[PaddedHeads, PickedHeads]:
     device = value.weight.device
     sizes = [(one.in_features, one.out_features) for one in (value, output)]
@@ -234,7 +222,7 @@ def finite(moment: Tensor, what: str) -> Tensor:
 
 
 def narrow_entries(
-    modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], plan: Plan
+    modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], *, plan: Plan
 ) -> dict[str, dict[str, Any]]:
     """The `layers` of the quantization config (see integration.py); features are those of the dense model."""
     ranks = {name: None if isinstance(rank, Channels) else rank for name, rank in plan.items()}

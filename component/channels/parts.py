@@ -11,7 +11,7 @@ from utils.layers import DecoderLayer
 ROLES = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """The linears of a layer that get narrower, by their names in it, and its heads.
 
@@ -49,11 +49,11 @@ def parts_of(layer: nn.Module, described: DecoderLayer) -> Parts:
     value, output, gate, up, down = (names[0] for names in found.values())
     linears: dict[str, Any] = {name: layer.get_submodule(name) for name in (value, output, down)}
     return Parts(
-        value,
-        output,
-        gate,
-        up,
-        down,
+        value=value,
+        output=output,
+        gate=gate,
+        up=up,
+        down=down,
         heads=linears[value].out_features // head_dim,
         query_heads=linears[output].in_features // head_dim,
         head_dim=head_dim,

@@ -16,7 +16,7 @@ from component.checkpoint import reading as files
 from component.checkpoint.counting import stored_tensors
 from component.checkpoint.entries import kept_of
 from component.checkpoint.writer import check_target
-from component.compress.factor_planner import modules_of
+from component.flow.modules import modules_of
 from evaluater import find_model
 from utils import models, plots, report
 from utils.layers import describe_layers

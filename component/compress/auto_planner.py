@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from component.channels.mixing import Mixing
 from component.channels.narrowing import Narrowing
 from component.compress.channel_planner import NarrowPlanner, narrow_planner
-from component.compress.factor_planner import Means, Planner, planner_for
+from component.compress.factor_planner import Planner, planner_for
 from component.compress.job import Job
 from component.compress.recipe import Recipe
+from component.flow.means import Means
 from component.ranks.budget import Channels, Module, Plan
 from component.ranks.by_loss import Block, by_loss_and_form
 from component.solve.names import AUTO, EXACT, FACTORING, NARROWING
@@ -58,7 +59,9 @@ class AutoPlanner:
     def narrowing(self, recipe: Recipe) -> Narrowing | Mixing | None:
         if recipe.form != MIXED:
             return self._part(recipe).narrowing(recipe)
-        return Mixing(self.channels.parts_by_layer(), self.factors.options.ridge, self.factors.weighting(recipe))
+        return Mixing(
+            self.channels.parts_by_layer(), damping=self.factors.options.ridge, weighting=self.factors.weighting(recipe)
+        )
 
     def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
         return self.channels.entries(plan)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from component.channels.influence import block_influence, read_influence
 from component.channels.narrowing import Narrowing, narrow_entries, narrow_plan
 from component.channels.parts import Parts, parts_of
-from component.compress.factor_planner import Means
 from component.compress.recipe import Recipe
+from component.flow.means import Means
 from component.ranks.budget import Module, Plan
 from component.solve.names import NARROWING
 from component.solve.solvers import Solver, make_solver
@@ -36,16 +36,18 @@ class NarrowPlanner:
         return []
 
     def plan(self, _recipe: Recipe) -> Plan:
-        return narrow_plan(self.modules, self.described, self.parts, self.options.density, self.influence)
+        return narrow_plan(
+            self.modules, self.described, self.parts, density=self.options.density, influence=self.influence
+        )
 
     def solver(self, recipe: Recipe) -> Solver:
-        return make_solver(NARROWING, self.options.reconstruct_step, recipe.old_output_factor)
+        return make_solver(NARROWING, self.options.reconstruct_step, mix_ratio=recipe.old_output_factor)
 
     def narrowing(self, recipe: Recipe) -> Narrowing:
-        return Narrowing(self.parts_by_layer(), recipe.old_output_factor, self.options.ridge)
+        return Narrowing(self.parts_by_layer(), mix_ratio=recipe.old_output_factor, damping=self.options.ridge)
 
     def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
-        return narrow_entries(self.modules, self.described, self.parts, plan)
+        return narrow_entries(self.modules, self.described, self.parts, plan=plan)
 
     def parts_by_layer(self) -> dict[str, Parts]:
         return {layer.name: part for layer, part in zip(self.described, self.parts, strict=True)}
@@ -77,12 +79,16 @@ def narrow_planner(
     """
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
     planner = NarrowPlanner(options, modules, described, parts, [1.0] * len(described))
-    narrow_plan(modules, described, parts, options.density, planner.influence)  # refuses, before the work
+    narrow_plan(
+        modules, described, parts, density=options.density, influence=planner.influence
+    )  # refuses, before the work
     saved = getattr(options, "bi_score", None)
     if options.allocation == "uniform":
         return planner
     if saved:
         influence = read_influence(Path(saved), len(described))
     else:
-        influence = block_influence(model, described, windows, means.device, means.source, means.shelf)
+        influence = block_influence(
+            model, described, windows, device=means.device, source=means.source, shelf=means.shelf
+        )
     return NarrowPlanner(options, modules, described, parts, influence)

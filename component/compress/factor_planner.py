@@ -3,7 +3,7 @@
 import logging
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from component.compress.estimate import Estimate, Shapes, Work
 from component.compress.job import Job
 from component.compress.profile import Profile, Profiling, make_profile
 from component.compress.recipe import ATTENTION_STEP, Recipe, as_json, searches_attention
-from component.flow.streaming import Flows, compress_layers
-from component.flow.team import Team
+from component.flow.means import Flows, Means
+from component.flow.streaming import Compression, compress_layers
 from component.ranks.allocation import ALLOCATIONS, PROFILED, attention_range, mlp_density, uniform
 from component.ranks.budget import RANK_FLOOR, Budget, Module, Plan
 from component.ranks.cost import LOW_RANK, PIVOTED, StorageFormat
@@ -29,8 +29,7 @@ from component.solve.sensitivity import output_weighting
 from component.solve.solvers import Solver, make_solver
 from utils import report
 from utils.errors import UsageError
-from utils.layers import DecoderLayer, LayerSource, uncalled_linears
-from utils.placement import Shelf
+from utils.layers import DecoderLayer
 from utils.whole_files import hash_of
 
 log = logging.getLogger("pifa")
@@ -46,18 +45,6 @@ class Draft:
     layers: list[nn.Module]
     identity: dict[str, Any]
     suffix: str  # of its profile's folder, where the user names that of the first
-
-
-@dataclass(frozen=True)
-class Means:
-    """What the work is done with. batch, waiting: see Flows; source, shelf, team: see compress_layers."""
-
-    device: torch.device
-    batch: int
-    source: LayerSource
-    shelf: Shelf = field(default_factory=Shelf)
-    team: Team = field(default_factory=Team)
-    waiting: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ class Planner:
             self.modules,
             options.density,
             storage_of(options),
-            recipe.attention_density,
+            attention_density=recipe.attention_density,
             curves=profile.curves(recipe.output_shrinkage) if profile else {},
             outliers=profile.outliers if profile else (),
             influence=profile.influence if profile else (),
@@ -114,11 +101,11 @@ class Planner:
         return make_solver(
             options.prune,
             options.reconstruct_step,
-            recipe.old_output_factor,
-            recipe.drift_factor,
-            options.ridge,
-            self.weighting(recipe),
-            token_weights,
+            mix_ratio=recipe.old_output_factor,
+            drift_ratio=recipe.drift_factor,
+            ridge=options.ridge,
+            weighting=self.weighting(recipe),
+            token_weights=token_weights,
         )
 
 
@@ -230,10 +217,10 @@ def draft_of(
     if planner.profile is None:
         raise UsageError("--passes 2 is for what reads a profile, such as --allocation kl")
     windows = job.windows[:DRAFT_WINDOWS]
-    plan, solver = planner.plan(recipe), planner.solver(recipe)
-    flows = Flows(windows, len(windows), len(windows), means.batch, means.waiting)
-    what = model, described, plan, solver, flows, means.device, job.dtype
-    driver = compress_layers(*what, source=means.source, shelf=means.shelf, team=means.team)
+    plan = planner.plan(recipe)
+    compression = Compression(plan, planner.solver(recipe), dtype=job.dtype)
+    flows = Flows(windows, whitening=len(windows), reconstruction=len(windows))
+    driver = compress_layers(model, described, compression, flows=flows, means=means)
     layers = [layer.cpu() for _, layer in driver]
     identity = {
         "profile": planner.profile.identity,
@@ -254,19 +241,6 @@ def _token_weights(profile: Profile, power: float, count: int, name: str) -> Ten
     """(count, length): scores to the power, with mean 1; windows that the profile has not seen weigh 1."""
     scores = profile.token_scores(name)[:count] ** power
     return torch.cat([scores / scores.mean(), scores.new_ones(count - len(scores), scores.shape[1])])
-
-
-def modules_of(model: PreTrainedModel, described: list[DecoderLayer]) -> list[Module]:
-    modules = []
-    for index, layer in enumerate(described):
-        for name in layer.linears():
-            linear = model.get_submodule(f"{layer.name}.{name}")
-            assert isinstance(linear, nn.Linear)
-            shape = linear.out_features, linear.in_features
-            modules.append(Module(f"{layer.name}.{name}", *shape, name in layer.attention, index))
-        for name in uncalled_linears(model.get_submodule(layer.name), layer):
-            log.warning("%s.%s is not called in a forward pass and stays as it is", layer.name, name)
-    return modules
 
 
 def announce(options: Namespace, modules: list[Module], flows: Flows, device: torch.device, found: Estimate) -> None:
@@ -311,17 +285,19 @@ def shapes_of(model: PreTrainedModel, described: list[DecoderLayer], modules: li
     )
 
 
-def work_of(options: Namespace, modules: list[Module], flows: Flows, processes: int = 1) -> Work:
+def work_of(options: Namespace, modules: list[Module], flows: Flows, *, batch: int, processes: int = 1) -> Work:
     """What each of so many processes does, as the flags ask for it, with ranks as uniform allocation gives them."""
     recipe = recipe_of(options)
-    solver = make_solver(options.prune, options.reconstruct_step, recipe.old_output_factor, recipe.drift_factor)
+    solver = make_solver(
+        options.prune, options.reconstruct_step, mix_ratio=recipe.old_output_factor, drift_ratio=recipe.drift_factor
+    )
     ranks = uniform(Budget(modules, options.density, storage_of(options)))
     length = flows.windows.shape[1]
     profiles = options.allocation in PROFILED or recipe.output_shrinkage is not None or recipe.token_power
     two = solver.needs_low_rank_flow
     return Work(
         tokens=-(-flows.needed_by(solver).numel() // processes),
-        batch_tokens=min(flows.batch, len(flows.windows)) * length,
+        batch_tokens=min(batch, len(flows.windows)) * length,
         flows=2 if two else 1,
         states=2 + bool(options.refine_steps) if two else 1,
         profiled=min(options.profile_nsamples, len(flows.windows)) * length if profiles else 0,

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from component.flow.streaming import advance
-from component.solve.moments import full_precision
 from utils.errors import RunError
-from utils.layers import layer_inputs, logits_from, map_tensors, rest_on
+from utils.layers import advance, layer_inputs, logits_from, map_tensors, rest_on
 from utils.placement import home
+from utils.precision import full_precision
 
 
 @torch.no_grad()
@@ -19,6 +18,7 @@ def window_losses(
     model: PreTrainedModel,
     layers: Iterable[tuple[int, nn.Module]],
     windows: Tensor,
+    *,
     device: torch.device,
     batch: int = 1,
 ) -> Tensor:
@@ -33,7 +33,7 @@ def window_losses(
     states = states.to(home(states.nbytes, device))
     for index, layer in layers:
         with full_precision():
-            advance(layer, states, map_tensors(keywords[index], lambda tensor: tensor.to(device)), batch)
+            advance(layer, states, map_tensors(keywords[index], lambda tensor: tensor.to(device)), batch=batch)
     losses = []
     with rest_on(model, device), full_precision():
         for window, hidden in zip(windows.to(device), states, strict=True):
@@ -49,8 +49,9 @@ def held_out_perplexity(
     model: PreTrainedModel,
     layers: Iterable[tuple[int, nn.Module]],
     windows: Tensor,
+    *,
     device: torch.device,
     batch: int = 1,
 ) -> float:
     """Perplexity on the windows: see window_losses."""
-    return window_losses(model, layers, windows, device, batch).mean().exp().item()
+    return window_losses(model, layers, windows, device=device, batch=batch).mean().exp().item()

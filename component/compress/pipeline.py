@@ -5,7 +5,6 @@ import logging
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from component.compress.auto_planner import check_auto, planner_of
 from component.compress.channel_planner import check_narrow
 from component.compress.estimate import Machine, estimate, waiting_batches
 from component.compress.factor_planner import (
-    Means,
     announce,
     check_budget,
-    modules_of,
     recipe_of,
     shapes_of,
     storage_of,
@@ -31,7 +28,9 @@ from component.compress.factor_planner import (
 from component.compress.job import Job, prepare
 from component.compress.judging import held_out_perplexity
 from component.compress.recipe import Recipe, as_json, candidates, choose, tunable
-from component.flow.streaming import Flows, Refinement, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.modules import modules_of
+from component.flow.streaming import Compression, Refinement, compress_layers
 from component.flow.team import Team, team_for
 from component.ranks.plan import plan_as_json
 from component.solve.names import AUTO, NARROWING
@@ -100,25 +99,35 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
     if options.prune != NARROWING:
         check_budget(options, modules)
     batch = max(1, BATCH_TOKENS // options.model_seq_len)
-    flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, batch)
-    shapes, work = shapes_of(model, described, modules), work_of(options, modules, flows, team.size)
+    flows = Flows(job.windows, whitening=options.pruning_nsamples, reconstruction=options.reconstruct_nsamples)
+    shapes = shapes_of(model, described, modules)
+    work = work_of(options, modules, flows, batch=batch, processes=team.size)
     announce(options, modules, flows, device, estimate(shapes, work, machine, isinstance(source, HeldLayers)))
-    flows = replace(flows, waiting=waiting_batches(shapes, work, machine))
-    means = Means(device, batch, source, shelf, team, flows.waiting)
+    waiting = waiting_batches(shapes, work, machine)
+    means = Means(device, source, batch=batch, shelf=shelf, team=team, waiting=waiting)
     start, names = recipe_of(options), tunable(options.reconstruct_step, options.allocation)
     recipes = candidates(start, names, max(options.tune, 1))
     loaded = watch.seconds()
     planner = planner_of(job, model, described, modules, start, recipes, means)
     profiled = watch.seconds()
-    refinement = Refinement(options.refine_steps, start.drift_factor, options.seed) if options.refine_steps else None
+    refinement = (
+        Refinement(steps=options.refine_steps, drift_ratio=start.drift_factor, seed=options.seed)
+        if options.refine_steps
+        else None
+    )
 
     def compressed(recipe: Recipe, finished=lambda index, layer: False) -> Iterator[tuple[int, nn.Module]]:
-        plan, solver = planner.plan(recipe), planner.solver(recipe)
-        what = model, described, plan, solver, flows, device, dtype
-        return compress_layers(*what, finished, refinement, source, shelf, team, planner.narrowing(recipe))
+        compression = Compression(
+            planner.plan(recipe),
+            planner.solver(recipe),
+            dtype=dtype,
+            layer_solver=planner.narrowing(recipe),
+            refinement=refinement,
+        )
+        return compress_layers(model, described, compression, flows=flows, means=means, finished=finished)
 
     def judge(recipe: Recipe) -> float:
-        return team.agreed(held_out_perplexity(model, compressed(recipe), job.held_out, device, batch))
+        return team.agreed(held_out_perplexity(model, compressed(recipe), job.held_out, device=device, batch=batch))
 
     chosen = team.agreed(writer and writer.settled)
     if chosen is None:

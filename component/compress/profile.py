@@ -23,7 +23,7 @@ from component.channels.parts import Parts
 from component.checkpoint import reading as files
 from component.checkpoint.writer import CheckpointWriter
 from component.solve.linalg import packed, unpacked
-from component.solve.moments import add_gram, full_precision
+from component.solve.moments import add_gram
 from component.solve.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
 from utils.errors import RunError
 from utils.layers import (
@@ -39,6 +39,7 @@ from utils.layers import (
     watching,
 )
 from utils.placement import Empty, Shelf
+from utils.precision import full_precision
 
 CURVE_TOKENS = 16384  # evenly spaced tokens on which the loss curves are evaluated; all of 131,072 gave the same ranks
 
@@ -318,7 +319,9 @@ def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[fl
             for shrinkage in shrinkages:
                 moment = output_moment(output_gram, 1.0 if shrinkage is None else shrinkage)
                 gram = seen.input_grams[group[0]]
-                curves.append(loss_curve(weights[name], gram, inputs, gradients, moment, full_name))
+                curves.append(
+                    loss_curve(weights[name], gram, inputs=inputs, gradients=gradients, moment=moment, what=full_name)
+                )
             yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())
 
 
@@ -331,9 +334,15 @@ def _narrow_curves(part: Parts, weights: dict[str, Tensor], seen: _Seen, shrinka
         curves = []
         for shrinkage in shrinkages:
             weighting = None if shrinkage is None else output_weighting(seen.output_grams[name], shrinkage, full_name)
-            given = weights[name], seen.input_grams[first], inputs, gradients, weighting
+            what = weights[name], seen.input_grams[first]
+            sample: dict[str, Any] = {
+                "inputs": inputs,
+                "gradients": gradients,
+                "weighting": weighting,
+                "what": full_name,
+            }
             if name == part.down:
-                curves.append(channel_curve(*given, tokens, full_name))
+                curves.append(channel_curve(*what, tokens=tokens, **sample))
             else:
-                curves.append(head_curve(*given, part.query_heads, part.heads, full_name))
+                curves.append(head_curve(*what, query_heads=part.query_heads, heads=part.heads, **sample))
         yield full_name, torch.stack(curves).cpu()

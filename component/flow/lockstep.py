@@ -94,7 +94,13 @@ class Lockstep:
     running: _Pass  # the one that is under way
 
     def __init__(
-        self, layer: nn.Module, batches: list[Tensor], keywords: dict[str, Any], threads: Executor, waiting: int | None
+        self,
+        layer: nn.Module,
+        batches: list[Tensor],
+        *,
+        keywords: dict[str, Any],
+        threads: Executor,
+        waiting: int | None,
     ):
         self._layer, self._threads = layer, threads
         device = next(layer.parameters()).device
@@ -147,7 +153,7 @@ class Lockstep:
 
     def reached(self, linear: str, x: Tensor, stream: str | None) -> None:
         one = self.running
-        one.wait_at(Stop(linear, x, None if stream is None else one.streams[stream], one.windows))
+        one.wait_at(Stop(linear, x, stream=None if stream is None else one.streams[stream], windows=one.windows))
 
     def close(self) -> None:
         for one in (*self._waiting, self._anew):
@@ -160,6 +166,7 @@ def lockstep(
     layer: nn.Module,
     stops: Mapping[str, str | None],
     batches: Iterable[Tensor],
+    *,
     keywords: dict[str, Any],
     waiting: int | None = None,
     threads: Executor | None = None,
@@ -175,7 +182,7 @@ def lockstep(
     """
     batches = list(batches)
     with pass_threads(len(batches)) if threads is None else nullcontext(threads) as running:
-        flow = Lockstep(layer, batches, keywords, running, waiting)
+        flow = Lockstep(layer, batches, keywords=keywords, threads=running, waiting=waiting)
         with _stopping(layer, stops, flow):
             try:
                 yield flow

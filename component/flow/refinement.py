@@ -5,7 +5,9 @@ block-level refinement of AA-SVD, arXiv 2604.02119; there norms are trained too,
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from component.format.linear import LowRankLinear
-from component.solve.moments import matmul_precision
 from utils.errors import RunError
 from utils.layers import map_tensors
+from utils.precision import matmul_precision
 
 LEARNING_RATE = 0.2  # the most by which a step changes an output, relative to its size: `step_size`
 WARM_UP = 0.1  # of the steps; Adam's first ones are as long as the rate allows, whatever the gradient
@@ -26,79 +28,118 @@ CHECKPOINTS = 4  # evenly spaced; each is judged, the best is kept
 JUDGED_SHARE, JUDGED_MOST = 8, 16  # one window in so many judges, and no more than that
 
 
+Loss = Callable[[Mapping[str, Tensor], Tensor], Tensor]  # of weights by name, and of windows by number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """How the optimiser goes. steps: how many; batch: windows that each of them sees; seed: of the draws of windows.
+
+    learning_rate: the most by which a step changes an output, relative to its size (see `step_size`).
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
+
+
 def refine_layer(
     layer: nn.Module,
     inputs: Tensor,
     targets: Tensor,
+    *,
     keywords: dict[str, Any],
-    steps: int,
-    batch: int,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
+    descent: Descent,
     name: str = "layer",
 ) -> tuple[float, float]:
     """Tune `u.weight` and `v.weight` of every LowRankLinear in the layer, in place; all else stays as it is.
 
     inputs, targets: (windows, length, width), any float dtype and device: the hidden states that enter the layer, and
-    those that it should return. keywords: the layer's keyword arguments. Each of `steps` optimiser steps sees `batch`
-    windows. The last windows only judge: `relative_error` there, with weights in the layer's own dtype, decides
-    between the factors found and those of a few checkpoints. With one window, it does both.
+    those that it should return. keywords: the layer's keyword arguments. The last windows only judge: `relative_error`
+    there, with weights in the layer's own dtype, decides between the factors as they are and those of a few
+    checkpoints. With one window, it does both.
 
     Returns (loss before, loss after), after <= before; with no steps or no factors the two are equal.
     Raises: RunError, with `name`, where a loss is not finite; the layer is then as it was.
     """
-    first = next(layer.parameters())
-    device, dtype = first.device, first.dtype
-    wide = torch.promote_types(dtype, torch.float32)  # half precision would lose small steps, and fp16 gradients
+    dtype = next(layer.parameters()).dtype
     training, judging = split_windows(len(inputs))
+    data: dict[str, Any] = {"inputs": inputs, "targets": targets, "keywords": keywords, "name": name}
+    own = _loss_in(dtype, layer, **data)
 
-    def loss(weights: Mapping[str, Tensor], kwargs: dict[str, Any], chosen: Tensor, precision: torch.dtype) -> Tensor:
-        hidden = inputs[chosen.to(inputs.device)].to(device, precision)
-        output = functional_call(layer, dict(weights), (hidden,), kwargs)
+    @torch.no_grad()
+    def judge(factors: Mapping[str, Tensor]) -> float:
+        parts = judging.split(descent.batch)
+        return sum(own(factors, part).item() * len(part) for part in parts) / len(judging)
+
+    start = {key: weight.detach() for key, weight in factors_of(layer).items()}
+    before = judge(start)
+    if descent.steps == 0 or not start:
+        return before, before
+    wide = torch.promote_types(dtype, torch.float32)  # half precision would lose small steps, and fp16 gradients
+    others = {key: t for key, t in (*layer.named_parameters(), *layer.named_buffers()) if key not in start}
+    loss = _loss_in(wide, layer, fixed=_converted(others, next(layer.parameters()).device, wide), **data)
+    masters = {key: weight.to(wide, copy=True).requires_grad_() for key, weight in start.items()}
+    best, after = start, before
+    for _ in _checkpoints(masters, loss, training, descent=descent):
+        stored = {key: weight.detach().to(start[key].dtype, copy=True) for key, weight in masters.items()}
+        error = judge(stored)
+        if error < after:
+            best, after = stored, error
+    with torch.no_grad():
+        for key, parameter in factors_of(layer).items():
+            parameter.copy_(best[key])
+    return before, after
+
+
+def _loss_in(
+    precision: torch.dtype,
+    layer: nn.Module,
+    *,
+    inputs: Tensor,
+    targets: Tensor,
+    keywords: dict[str, Any],
+    name: str,
+    fixed: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Loss:
+    """The relative error of the layer with other weights, on hidden states in this precision.
+
+    fixed: what else stands in place of the layer's own tensors.
+    """
+    device = next(layer.parameters()).device
+    kwargs = _converted(keywords, device, precision)
+
+    def loss(weights: Mapping[str, Tensor], windows: Tensor) -> Tensor:
+        hidden = inputs[windows.to(inputs.device)].to(device, precision)
+        output = functional_call(layer, {**fixed, **weights}, (hidden,), kwargs)
         output = output[0] if isinstance(output, (tuple, list)) else output
-        error = relative_error(output, targets[chosen.to(targets.device)].to(device))
+        error = relative_error(output, targets[windows.to(targets.device)].to(device))
         if not torch.isfinite(error):
             raise RunError(f"{name}: the loss of its refinement is not finite")
         return error
 
-    own = _converted(keywords, device, dtype)
+    return loss
 
-    @torch.no_grad()
-    def judge(factors: Mapping[str, Tensor]) -> float:
-        parts = judging.split(batch)
-        return sum(loss(factors, own, part, dtype).item() * len(part) for part in parts) / len(judging)
 
-    found = {key: weight.detach() for key, weight in factors_of(layer).items()}
-    before = judge(found)
-    if steps == 0 or not found:
-        return before, before
-
-    others = [*layer.named_parameters(), *layer.named_buffers()]
-    fixed = _converted({key: tensor for key, tensor in others if key not in found}, device, wide)
-    kwargs = _converted(keywords, device, wide)
-    masters = {key: weight.to(wide, copy=True).requires_grad_() for key, weight in found.items()}
-    groups = [{"params": [w], "lr": learning_rate * step_size(w)} for w in masters.values()]
-    optimiser = torch.optim.Adam(groups, lr=learning_rate, betas=BETAS, eps=EPSILON)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: pace(done, steps))
-    judged = {math.ceil(steps * share / CHECKPOINTS) for share in range(1, CHECKPOINTS + 1)}
-    best, after, limit = found, before, math.inf
-    for step, chosen in enumerate(draws(training, steps, batch, seed), start=1):
+def _checkpoints(masters: dict[str, Tensor], loss: Loss, windows: Tensor, *, descent: Descent) -> Iterator[int]:
+    """Step after step, in place; yields the number of steps made where the factors are worth a look."""
+    groups = [{"params": [w], "lr": descent.learning_rate * step_size(w)} for w in masters.values()]
+    optimiser = torch.optim.Adam(groups, lr=descent.learning_rate, betas=BETAS, eps=EPSILON)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: pace(done, descent.steps))
+    judged = {math.ceil(descent.steps * share / CHECKPOINTS) for share in range(1, CHECKPOINTS + 1)}
+    limit = math.inf
+    batches = draws(windows, steps=descent.steps, batch=descent.batch, seed=descent.seed)
+    for step, batch in enumerate(batches, start=1):
         optimiser.zero_grad()
         with torch.enable_grad(), matmul_precision("high"):  # TF32: ten bits do for a gradient
-            loss({**fixed, **masters}, kwargs, chosen, wide).backward()
+            loss(masters, batch).backward()
         norm = nn.utils.clip_grad_norm_(masters.values(), limit).item()
         limit = CLIP * norm if step == 1 else limit
         optimiser.step()
         schedule.step()
         if step in judged:
-            stored = {key: weight.detach().to(found[key].dtype, copy=True) for key, weight in masters.items()}
-            error = judge(stored)
-            if error < after:
-                best, after = stored, error
-    with torch.no_grad():
-        for key, parameter in factors_of(layer).items():
-            parameter.copy_(best[key])
-    return before, after
+            yield step
 
 
 def step_size(factor: Tensor) -> float:
@@ -129,7 +170,7 @@ def split_windows(count: int) -> tuple[Tensor, Tensor]:
     return indices[: max(1, count - judging)], indices[-judging:]
 
 
-def draws(windows: Tensor, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
+def draws(windows: Tensor, *, steps: int, batch: int, seed: int) -> Iterator[Tensor]:
     """`steps` batches of the windows: shuffled, all used before one comes again. A batch is no larger than they are."""
     generator = torch.Generator().manual_seed(seed)
     batch = min(batch, len(windows))

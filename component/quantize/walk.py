@@ -20,24 +20,25 @@ from component.checkpoint import reading as files
 from component.checkpoint.entries import rest_of
 from component.checkpoint.writer import CheckpointWriter
 from component.flow.lockstep import lockstep
-from component.flow.streaming import advance
 from component.format import integration
 from component.format.packed import PackedLinear
 from component.quantize import packing
 from component.quantize.forms import FACTORS, MATRIX, WIDE, WIDE_OUTER, Form, chosen, packed_bytes
 from component.quantize.gptq import Feedback, Grid, Quantized, expected_losses, feedback_of, gptq, round_to_nearest
 from component.quantize.product import expected_loss, refit, round_product
-from component.solve.moments import Moments, add_gram, add_product, full_precision
+from component.solve.moments import Moments, add_gram, add_product
 from component.solve.reconstruction import target_moment
 from utils.layers import (
     DecoderLayer,
     HeldLayers,
+    advance,
     layer_inputs,
     map_tensors,
     run_layer,
     watching,
 )
 from utils.placement import Shelf
+from utils.precision import full_precision
 from utils.residuals import residual_writers
 
 BATCH_TOKENS = 8192  # calibration tokens that go through a layer at once
@@ -113,7 +114,7 @@ def forms_of(
         with held.filled(names.name, device) as layer, full_precision():
             kwargs = map_tensors(keywords[index], lambda tensor: tensor.to(device))
             with watching(layer, [group[0] for group in groups], see):
-                advance(layer, states, kwargs, batch)
+                advance(layer, states, kwargs, batch=batch)
             for group in groups:
                 gram = grams[group[0]]
                 feedback = feedback_of(gram, recipe.grid.act_order, f"{prefix}{group[0]}")
@@ -185,8 +186,8 @@ def quantize_model(
             if done:
                 _fill(layer, here, _inside(prefix, files.open_shard(writer.folder / shard)))
                 if flows and index + 1 < len(described):
-                    advance(original, flows[0], kwargs, batch)
-                    advance(layer, flows[1], kwargs, batch)
+                    advance(original, flows[0], kwargs, batch=batch)
+                    advance(layer, flows[1], kwargs, batch=batch)
             elif flows:
                 _quantize_layer((original, layer), names, here, recipe, flows, kwargs, batch)
             else:
@@ -238,8 +239,8 @@ def _quantize_layer(
     stops = {group[0]: streams.get(group[0]) for group in groups}
     parts = [list(states.split(batch)) for states in flows]
     with (
-        lockstep(original, stops, parts[0], kwargs) as float_flow,
-        lockstep(layer, stops, parts[1], kwargs) as flow,
+        lockstep(original, stops, parts[0], keywords=kwargs) as float_flow,
+        lockstep(layer, stops, parts[1], keywords=kwargs) as flow,
     ):
         for group in groups:
             moments = Moments()
@@ -291,7 +292,9 @@ def _quantize(
     assert gram is not None
     factors = None if isinstance(linear, nn.Linear) else Factors.of(linear)
     weight = linear.get_parameter("weight") if factors is None else factors.product()
-    target = target_moment(weight, gram, moments.cross, recipe.mix_ratio, moments.drift, recipe.drift_ratio)
+    target = target_moment(
+        weight, gram, moments.cross, mix_ratio=recipe.mix_ratio, drift=moments.drift, drift_ratio=recipe.drift_ratio
+    )
     if factors is None or entry["kind"] == "dense":
         result = gptq(refit(weight, target, gram, what), feedback, grid, what)
         layer.set_submodule(name, _packed(result, grid, linear))

@@ -1,7 +1,5 @@
 """Second moments of a module's inputs in the two flows: all that the solvers see of the data."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +55,3 @@ def add_magnitude(total: Tensor | None, x: Tensor) -> Tensor:
     """total + the sum of |x| over tokens, in float64. x: (..., d), any float dtype; total: (d,) or None for zero."""
     magnitude = x.flatten(0, -2).abs().sum(0, dtype=torch.float64)
     return magnitude if total is None else total.add_(magnitude)
-
-
-def full_precision() -> contextlib.AbstractContextManager[None]:
-    """No TF32 inside: rounding of the inputs to 10 bits would be the largest error of all."""
-    return matmul_precision("highest")
-
-
-@contextlib.contextmanager
-def matmul_precision(level: str) -> Iterator[None]:
-    """Float32 products inside at this of torch's levels; as they were after it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(level)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -20,6 +20,7 @@ def target_moment(
     weight: Tensor,
     gram: Tensor,
     cross: Tensor | None,
+    *,
     mix_ratio: float,
     drift: Tensor | None = None,
     drift_ratio: float = 0.0,
@@ -48,6 +49,7 @@ def exact_factors(
     weight: Tensor,
     target: Tensor,
     gram: Tensor,
+    *,
     rank: int,
     damping: float = EXACT_DAMPING,
     weighting: Tensor | None = None,
@@ -73,7 +75,7 @@ def exact_factors(
     return balance(u, torch.linalg.solve_triangular(factor, v, upper=False, left=False))
 
 
-def update_u(target: Tensor, gram: Tensor, v: Tensor, what: str = "module") -> Tensor:
+def update_u(target: Tensor, gram: Tensor, v: Tensor, *, what: str = "module") -> Tensor:
     """U = B V^T (V G V^T)^-1, the best U for a given V (Algorithm 3, without a ridge).
 
     target: B (d_out, d_in); gram: G (d_in, d_in); v: (r, d_in), all float64. Returns (d_out, r).
@@ -82,7 +84,7 @@ def update_u(target: Tensor, gram: Tensor, v: Tensor, what: str = "module") -> T
     return solve_right(target @ v.T, factor)
 
 
-def update_v(target: Tensor, gram: Tensor, u: Tensor, what: str = "module") -> Tensor:
+def update_v(target: Tensor, gram: Tensor, u: Tensor, *, what: str = "module") -> Tensor:
     """V = (U^T U)^-1 U^T B G^-1, the best V for a given U (equation 9).
 
     target: B (d_out, d_in); gram: G (d_in, d_in); u: (d_out, r), all float64. Returns (r, d_in).
@@ -93,7 +95,7 @@ def update_v(target: Tensor, gram: Tensor, u: Tensor, what: str = "module") -> T
 
 
 def alternating_factors(
-    weight: Tensor, target: Tensor, gram: Tensor, start: tuple[Tensor, Tensor], step: int, what: str = "module"
+    weight: Tensor, target: Tensor, gram: Tensor, *, start: tuple[Tensor, Tensor], step: int, what: str = "module"
 ) -> tuple[Tensor, Tensor]:
     """The paper's single sweep from `start`: step 1 updates U, 2 updates U then V, -1 updates V alone.
 
@@ -102,8 +104,8 @@ def alternating_factors(
     """
     u, v = start
     if step in (1, 2):
-        u = update_u(target, gram, v, what)
+        u = update_u(target, gram, v, what=what)
     if step in (2, -1):
         with raised_diagonal(gram, PAPER_RIDGE):
-            v = update_v(target + PAPER_RIDGE * weight.double(), gram, u, what)
+            v = update_v(target + PAPER_RIDGE * weight.double(), gram, u, what=what)
     return balance(u, v)

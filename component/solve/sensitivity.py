@@ -35,7 +35,7 @@ def output_weighting(output_gram: Tensor, shrinkage: float, what: str = "module"
 
 
 def loss_curve(
-    weight: Tensor, gram: Tensor, inputs: Tensor, gradients: Tensor, moment: Tensor, what: str = "module"
+    weight: Tensor, gram: Tensor, *, inputs: Tensor, gradients: Tensor, moment: Tensor, what: str = "module"
 ) -> Tensor:
     """Expected KL per token at every rank: (k + 1,) float64 with k = min(d_out, d_in); entry r is for rank r.
 

@@ -47,6 +47,7 @@ def make_solver(
     prune: str,
     step: int | None,
     mix_ratio: float,
+    *,
     drift_ratio: float = 0.0,
     ridge: float = EXACT_DAMPING,
     weighting: Callable[[str], Tensor] | None = None,
@@ -64,26 +65,32 @@ def make_solver(
 
     def target_of(weight: Tensor, moments: Moments) -> Tensor:
         assert moments.gram is not None
-        return target_moment(weight, moments.gram, moments.cross, mix_ratio, moments.drift, drift_ratio)
+        return target_moment(
+            weight, moments.gram, moments.cross, mix_ratio=mix_ratio, drift=moments.drift, drift_ratio=drift_ratio
+        )
 
     def exact(weight: Tensor, moments: Moments, rank: int, name: str):
         assert moments.gram is not None
         left = None if weighting is None else weighting(name).to(weight.device)
-        return exact_factors(weight, target_of(weight, moments), moments.gram, rank, ridge, left, name)
+        return exact_factors(
+            weight, target_of(weight, moments), moments.gram, rank=rank, damping=ridge, weighting=left, what=name
+        )
 
     def start(weight: Tensor, moments: Moments, rank: int, name: str):
         if prune == "svd":
             return plain_factors(weight, rank)
         if prune == "asvd":
             assert moments.dense_magnitude is not None
-            return scaled_factors(weight, moments.dense_magnitude, rank, name)
+            return scaled_factors(weight, moments.dense_magnitude, rank, what=name)
         assert moments.dense_gram is not None
-        return whitened_factors(weight, moments.dense_gram, rank, name)
+        return whitened_factors(weight, moments.dense_gram, rank, what=name)
 
     def alternating(weight: Tensor, moments: Moments, rank: int, name: str):
         assert moments.gram is not None and step is not None
         factors = start(weight, moments, rank, name)
-        return alternating_factors(weight, target_of(weight, moments), moments.gram, factors, step, name)
+        return alternating_factors(
+            weight, target_of(weight, moments), moments.gram, start=factors, step=step, what=name
+        )
 
     starts = step is not EXACT  # which ignores the factors to start from
     whitened, scaled = starts and prune == "svd-llm", starts and prune == "asvd"

@@ -30,7 +30,7 @@ def plain_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return balance(*truncate(weight, rank))
 
 
-def whitened_factors(weight: Tensor, gram: Tensor, rank: int, what: str = "module") -> tuple[Tensor, Tensor]:
+def whitened_factors(weight: Tensor, gram: Tensor, rank: int, *, what: str = "module") -> tuple[Tensor, Tensor]:
     """W' = [W L]_r L^-1 with gram = X X^T = L L^T: the least ||W X - W' X||_F at rank r (SVD-LLM, Sec. 3.1).
 
     weight: (d_out, d_in); gram: (d_in, d_in) float64. Returns balanced u: (d_out, r), v: (r, d_in), float64.
@@ -41,7 +41,7 @@ def whitened_factors(weight: Tensor, gram: Tensor, rank: int, what: str = "modul
 
 
 def scaled_factors(
-    weight: Tensor, magnitude: Tensor, rank: int, what: str = "module", alpha: float = ASVD_ALPHA
+    weight: Tensor, magnitude: Tensor, rank: int, *, what: str = "module", alpha: float = ASVD_ALPHA
 ) -> tuple[Tensor, Tensor]:
     """W' = [W S]_r S^-1 with S = diag(magnitude)^alpha: columns count by the size of their inputs (ASVD, arXiv
     2312.05821, Sec. 3.2).

@@ -14,7 +14,7 @@ import PIFA
 from component.channels.flatllm import (
     absorb_bases,
     compensated,
-    head_bases,
+    head_axes,
     leverage_scores,
     most_telling,
     project_values,
@@ -25,8 +25,9 @@ from component.channels.influence import run as run_bi
 from component.channels.narrowing import Narrowing, narrow_entries, narrow_plan
 from component.channels.parts import parts_of
 from component.checkpoint.entries import stored_as
-from component.compress.factor_planner import modules_of
-from component.flow.streaming import Flows, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.modules import modules_of
+from component.flow.streaming import Compression, compress_layers
 from component.format.narrow import PaddedHeads, PickedHeads
 from component.ranks.cost import PIVOTED
 from component.solve.solvers import make_solver
@@ -52,10 +53,12 @@ def narrowed(model, density: float, mix_ratio: float = 0.0, dtype=torch.float64,
     described = describe_layers(model)
     modules = modules_of(model, described)
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    plan = plan or narrow_plan(modules, described, parts, density, [1.0] * len(parts))
-    narrowing = Narrowing({d.name: p for d, p in zip(described, parts, strict=True)}, mix_ratio, 1e-6)
-    solver, flows = make_solver("flatllm", 0, mix_ratio), Flows(WINDOWS, len(WINDOWS), len(WINDOWS), 2)
-    layers = list(compress_layers(model, described, plan, solver, flows, CPU, dtype, narrowing=narrowing))
+    plan = plan or narrow_plan(modules, described, parts, density=density, influence=[1.0] * len(parts))
+    narrowing = Narrowing({d.name: p for d, p in zip(described, parts, strict=True)}, mix_ratio=mix_ratio, damping=1e-6)
+    flows = Flows(WINDOWS, whitening=len(WINDOWS), reconstruction=len(WINDOWS))
+    compression = Compression(plan, make_solver("flatllm", 0, mix_ratio), dtype=dtype, layer_solver=narrowing)
+    means = Means(CPU, HeldLayers(model), batch=2)
+    layers = list(compress_layers(model, described, compression, flows=flows, means=means))
     for index, layer in layers:
         model.set_submodule(described[index].name, layer)
     return plan, model
@@ -97,7 +100,7 @@ def test_biases_of_values_and_output():
 def test_values_lose_the_discarded_eigenvalues(width):
     x, weight, bias = rand(200, 40), rand(HEADS * HEAD_DIM, 40, seed=1), rand(HEADS * HEAD_DIM, seed=2)
     values = F.linear(x, weight, bias)
-    bases, lost = head_bases(value_moment(values, HEADS), width)
+    bases, lost = head_axes(value_moment(values, HEADS), width)
     narrow = F.linear(x, *project_values(weight, bias, bases)).unflatten(-1, (HEADS, width))
     back = torch.einsum("thw,hdw->thd", narrow, bases)
     error = (back - values.unflatten(-1, (HEADS, HEAD_DIM))).square().sum((0, 2))
@@ -107,7 +110,7 @@ def test_values_lose_the_discarded_eigenvalues(width):
 
 def test_output_reads_the_basis_of_its_group():
     """Three query heads for each head of the values."""
-    weight, bases = rand(10, 3 * HEADS * HEAD_DIM), head_bases(value_moment(rand(99, HEADS * HEAD_DIM), HEADS), 4)[0]
+    weight, bases = rand(10, 3 * HEADS * HEAD_DIM), head_axes(value_moment(rand(99, HEADS * HEAD_DIM), HEADS), 4)[0]
     narrow = absorb_bases(weight, bases).unflatten(1, (3 * HEADS, 4))
     for head in range(3 * HEADS):
         columns = weight[:, head * HEAD_DIM : (head + 1) * HEAD_DIM]
@@ -124,7 +127,7 @@ def test_leverage_is_the_diagonal_of_the_ridge_projection():
 def test_compensation_is_the_least_squares_fit():
     z, weight, kept = correlated(20, 300, 5), rand(7, 20), torch.tensor([1, 4, 5, 11, 19])
     moment = gram_of(z)
-    found = compensated(weight, weight @ moment, moment, kept, 0.0)
+    found = compensated(weight, weight @ moment, moment, kept=kept, damping=0.0)
     expected = torch.linalg.lstsq(z[kept].T, (weight @ z).T).solution.T
     assert relative(found, expected) < 1e-9
 
@@ -134,7 +137,7 @@ def test_selection_with_compensation_beats_dropping():
     moment = gram_of(z)
     chosen = most_telling(leverage_scores(moment, 1.0), kept)
     errors = {
-        "compensated": compensated(weight, weight @ moment, moment, chosen, 1e-6) @ z[chosen] - weight @ z,
+        "compensated": compensated(weight, weight @ moment, moment, kept=chosen, damping=1e-6) @ z[chosen] - weight @ z,
         "dropped": weight[:, chosen] @ z[chosen] - weight @ z,
         "largest": weight[:, (top := moment.diagonal().topk(kept).indices)] @ z[top] - weight @ z,
     }
@@ -147,7 +150,7 @@ def test_dead_channels_keep_their_weights():
     z[3] = 0
     weight, moment = rand(4, 10), gram_of(z)
     everything = torch.arange(10)
-    assert relative(compensated(weight, weight @ moment, moment, everything, 1e-6), weight) < 1e-12
+    assert relative(compensated(weight, weight @ moment, moment, kept=everything, damping=1e-6), weight) < 1e-12
 
 
 @pytest.mark.parametrize(("heads", "width"), [(4, 3), (4, 4), (1, 9)])
@@ -171,8 +174,8 @@ def test_plans_spend_the_density_and_no_more(family, density):
     described = describe_layers(model)
     modules = modules_of(model, described)
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    plan = narrow_plan(modules, described, parts, density, [0.4, 0.1])
-    entries = narrow_entries(modules, described, parts, plan)
+    plan = narrow_plan(modules, described, parts, density=density, influence=[0.4, 0.1])
+    entries = narrow_entries(modules, described, parts, plan=plan)
     stored = sum(stored_as(entry, PIVOTED) for entry in entries.values()) / sum(module.numbers for module in modules)
     assert density - 0.02 < stored <= density
     first, last = (plan[f"{layer.name}.{part.down}"] for layer, part in zip(described, parts, strict=True))
@@ -184,7 +187,7 @@ def test_a_density_below_what_stays_dense_is_refused():
     described = describe_layers(model)
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
     with pytest.raises(UsageError, match="leaves dense"):
-        narrow_plan(modules_of(model, described), described, parts, 0.2, [1, 1])
+        narrow_plan(modules_of(model, described), described, parts, density=0.2, influence=[1, 1])
 
 
 @pytest.mark.parametrize("family", ["opt", "phi3"])
@@ -248,7 +251,7 @@ def test_flags_that_mean_nothing_here(arguments, tmp_path, bad):
 def test_influence_is_saved_and_read(tmp_path):
     model = tiny.build()
     described = describe_layers(model)
-    found = block_influence(model, described, WINDOWS, CPU, HeldLayers(model))
+    found = block_influence(model, described, WINDOWS, device=CPU, source=HeldLayers(model))
     states = model(WINDOWS, output_hidden_states=True).hidden_states
     cosine = torch.cosine_similarity(states[0].double(), states[1].double(), dim=-1)
     assert found[0] == pytest.approx((cosine.arccos() / torch.pi).mean().item(), rel=1e-6)
@@ -334,6 +337,6 @@ def test_layers_are_fitted_to_what_reaches_them(mix_ratio):
     moment = gram_of(z)
     target = weight @ (mix_ratio * z_dense @ z.T + (1 - mix_ratio) * moment)
     kept = most_telling(leverage_scores(moment, 1.0), plan[f"{name}.down_proj"])
-    assert relative(found.down_proj.weight, compensated(weight, target, moment, kept, 1e-6)) < 1e-4
+    assert relative(found.down_proj.weight, compensated(weight, target, moment, kept=kept, damping=1e-6)) < 1e-4
     assert torch.equal(found.up_proj.weight, original.up_proj.weight[kept])
     assert torch.equal(found.gate_proj.weight, original.gate_proj.weight[kept])

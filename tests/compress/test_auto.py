@@ -13,12 +13,12 @@ import PIFA
 from component.channels.by_output import (
     channel_curve,
     channel_order,
-    head_bases,
     head_blocks,
     head_curve,
     head_directions,
     head_metric,
     narrow_output,
+    reading_axes,
 )
 from component.channels.flatllm import absorb_bases, compensated
 from component.channels.mixing import Mixing
@@ -26,7 +26,8 @@ from component.channels.parts import parts_of
 from component.checkpoint.entries import kind_of, stored_as
 from component.compress.auto_planner import FORMS, MIXED
 from component.compress.profile import Profiling, profile_layers
-from component.flow.streaming import Flows, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.streaming import Compression, compress_layers
 from component.format.linear import LowRankLinear, PIFALinear
 from component.format.narrow import PaddedHeads, PickedHeads
 from component.ranks.budget import Budget, Channels, Module
@@ -35,7 +36,7 @@ from component.ranks.cost import PIVOTED
 from component.solve.solvers import make_solver
 from tests import tiny
 from tests.tiny import gram_of, rand, relative
-from utils.layers import describe_layers
+from utils.layers import HeldLayers, describe_layers
 
 CPU = torch.device("cpu")
 WINDOWS = tiny.token_windows(6, 24)
@@ -47,9 +48,11 @@ def mixed(model, ranks, mix_ratio=0.25, ridge=1e-6):
     described = describe_layers(model)
     parts = {layer.name: parts_of(model.get_submodule(layer.name), layer) for layer in described}
     plan = {f"{layer.name}.{name}": ranks(name) for layer in described for name in layer.linears()}
-    solver, flows = make_solver("auto", None, mix_ratio, 0.5, ridge), Flows(WINDOWS, 6, 6, 2)
-    how = Mixing(parts, ridge, None)
-    layers = list(compress_layers(model, described, plan, solver, flows, CPU, model.dtype, narrowing=how))
+    solver = make_solver("auto", None, mix_ratio, drift_ratio=0.5, ridge=ridge)
+    how = Mixing(parts, damping=ridge, weighting=None)
+    flows, means = Flows(WINDOWS, whitening=6, reconstruction=6), Means(CPU, HeldLayers(model), batch=2)
+    compression = Compression(plan, solver, dtype=model.dtype, layer_solver=how)
+    layers = list(compress_layers(model, described, compression, flows=flows, means=means))
     for index, layer in layers:
         model.set_submodule(described[index].name, layer)
     return plan, model
@@ -62,8 +65,8 @@ def test_a_single_head_in_the_metric_of_its_reader_is_the_truncated_product():
     """Eckart-Young: no rank-w product loses less than O L cut to w."""
     z, weight, width = rand(HEAD_DIM, 200) * torch.arange(1, 9)[:, None], rand(20, HEAD_DIM, seed=1), 3
     moment = gram_of(z)
-    bases = head_bases(moment[None], head_metric(weight, 1, 1), width)
-    fitted = narrow_output(weight, weight @ moment, moment, bases, 0.0)
+    bases = reading_axes(moment[None], head_metric(weight, query_heads=1, heads=1), width)
+    fitted = narrow_output(weight, weight @ moment, moment, bases=bases, damping=0.0)
     error = (fitted @ bases[0].T @ z - weight @ z).square().sum()
     singular = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment))
     assert error.item() == pytest.approx(singular[width:].square().sum().item(), rel=1e-6)
@@ -74,13 +77,14 @@ def test_without_a_metric_it_is_pca():
     decode, encode = head_directions(moment, torch.eye(HEAD_DIM, dtype=torch.float64)[None])
     assert relative(decode @ encode, torch.eye(HEAD_DIM, dtype=torch.float64)[None]) < 1e-9
     axes = torch.linalg.eigh(moment[0])[1].flip(-1)[:, :3]
-    bases = head_bases(moment, torch.eye(HEAD_DIM, dtype=torch.float64)[None], 3)[0]
+    bases = reading_axes(moment, torch.eye(HEAD_DIM, dtype=torch.float64)[None], 3)[0]
     assert relative(bases @ bases.T, axes @ axes.T) < 1e-6
 
 
 def test_blocks_and_metric_are_sums_over_the_query_heads_of_one():
     z, weight = rand(QUERY_HEADS * HEAD_DIM, 40), rand(9, QUERY_HEADS * HEAD_DIM, seed=1)
-    blocks, metric = head_blocks(gram_of(z), QUERY_HEADS, HEADS), head_metric(weight, QUERY_HEADS, HEADS)
+    blocks = head_blocks(gram_of(z), query_heads=QUERY_HEADS, heads=HEADS)
+    metric = head_metric(weight, query_heads=QUERY_HEADS, heads=HEADS)
     for head in range(HEADS):
         own = [slice(q * HEAD_DIM, (q + 1) * HEAD_DIM) for q in (2 * head, 2 * head + 1)]
         assert relative(blocks[head], sum(gram_of(z[one]) for one in own)) < 1e-12
@@ -94,7 +98,7 @@ def test_channels_go_as_the_fit_without_them_says():
     losses = []
     for out in range(12):
         kept = torch.tensor([i for i in range(12) if i != out])
-        fitted = compensated(weight, weight @ moment, moment, kept, 1e-9)
+        fitted = compensated(weight, weight @ moment, moment, kept=kept, damping=1e-9)
         losses.append((fitted @ z[kept] - weight @ z).square().sum().item())
     order = channel_order(weight, moment, 1e-9)
     assert order[-1] == min(range(12), key=losses.__getitem__)
@@ -108,20 +112,27 @@ def test_curves_are_the_losses_of_what_is_left(weighted):
     z, weight, g = rand(n, n) @ rand(n, tokens, seed=1), rand(9, n, seed=2), rand(tokens, 9, seed=3)
     moment, weighting = gram_of(z), torch.linalg.cholesky(gram_of(rand(9, 20, seed=4))) if weighted else None
     seen = weight if weighting is None else weighting.T @ weight
-    curve = channel_curve(weight, moment, z.T, g, weighting, 10**9)
+    curve = channel_curve(weight, moment, inputs=z.T, gradients=g, weighting=weighting, tokens=10**9)
     order = channel_order(seen, moment, 1e-3)
     for kept in (1, 13, n - 1):
         chosen = order[:kept].sort().values
-        fitted = compensated(weight, weight @ moment, moment, chosen, 1e-3)
+        fitted = compensated(weight, weight @ moment, moment, kept=chosen, damping=1e-3)
         error = fitted @ z[chosen] - weight @ z
         # the ridge of the curve is of all channels, that of the fit of those that are left
         assert curve[kept].item() == pytest.approx((g.T * error).sum(0).square().mean().item() / 2, rel=0.1)
     assert curve[n] == 0
-    few = channel_curve(weight, moment, z.T, g, weighting, tokens)
+    few = channel_curve(weight, moment, inputs=z.T, gradients=g, weighting=weighting, tokens=tokens)
     assert relative(few[:n] * (1 - torch.arange(n) / tokens) ** 2, curve[:n]) < 1e-6 and few[n] == 0
-    assert (channel_curve(weight, moment, z.T, g, weighting, 5)[5:n] > 1e5 * curve[5:n]).all()
-    curve = head_curve(weight, moment, z.T, g, weighting, QUERY_HEADS, HEADS)
-    blocks, metric = head_blocks(moment, QUERY_HEADS, HEADS), head_metric(seen, QUERY_HEADS, HEADS)
+    assert (
+        channel_curve(weight, moment, inputs=z.T, gradients=g, weighting=weighting, tokens=5)[5:n] > 1e5 * curve[5:n]
+    ).all()
+    curve = head_curve(
+        weight, moment, inputs=z.T, gradients=g, weighting=weighting, query_heads=QUERY_HEADS, heads=HEADS
+    )
+    blocks, metric = (
+        head_blocks(moment, query_heads=QUERY_HEADS, heads=HEADS),
+        head_metric(seen, query_heads=QUERY_HEADS, heads=HEADS),
+    )
     decode, encode = head_directions(blocks, metric)
     for width in (0, 3, HEAD_DIM - 1):
         back = (decode[:, :, :width] @ encode[:, :width]).repeat_interleave(2, 0)
@@ -134,17 +145,20 @@ def test_curves_are_the_losses_of_what_is_left(weighted):
 def test_fitting_heads_to_all_tokens_loses_no_more_than_absorbing():
     z, weight = rand(QUERY_HEADS * HEAD_DIM, 20) @ rand(20, 300, seed=1), rand(9, QUERY_HEADS * HEAD_DIM, seed=2)
     moment = gram_of(z)
-    metric = head_metric(weight, QUERY_HEADS, HEADS)
-    bases = head_bases(head_blocks(moment, QUERY_HEADS, HEADS), metric, 3)
+    metric = head_metric(weight, query_heads=QUERY_HEADS, heads=HEADS)
+    bases = reading_axes(head_blocks(moment, query_heads=QUERY_HEADS, heads=HEADS), metric, 3)
     narrow = torch.einsum("hdw,hqdt->hqwt", bases, z.unflatten(0, (HEADS, -1, HEAD_DIM))).flatten(0, 2)
-    fitted, absorbed = narrow_output(weight, weight @ moment, moment, bases, 1e-9), absorb_bases(weight, bases)
+    fitted, absorbed = (
+        narrow_output(weight, weight @ moment, moment, bases=bases, damping=1e-9),
+        absorb_bases(weight, bases),
+    )
     errors = [(one @ narrow - weight @ z).norm().item() for one in (fitted, absorbed)]
     assert errors[0] < errors[1]
 
 
 # ---------------------------------------------------------------- the plan
 
-MODULES = [Module(name, 40, 40, False) for name in ("a", "b", "c", "q")]
+MODULES = [Module(name, 40, 40, attention=False) for name in ("a", "b", "c", "q")]
 BLOCK = ("a", "b", "c")
 
 
@@ -173,7 +187,7 @@ def test_channels_come_in_multiples_too():
 
 
 def test_a_price_can_have_one_block_narrow_and_another_not():
-    modules = [Module(f"{block}.{name}", 40, 40, False, block) for block in (0, 1) for name in BLOCK]
+    modules = [Module(f"{block}.{name}", 40, 40, attention=False, layer=block) for block in (0, 1) for name in BLOCK]
     budget = Budget(modules, 0.6, PIVOTED, curves={m.name: falling(1.0, 40) for m in modules})
     blocks = [Block(tuple(f"{i}.{n}" for n in BLOCK), falling(loss, 40)) for i, loss in enumerate((0.5, 50.0))]
     plan = by_loss_and_form(budget, blocks)
@@ -240,7 +254,7 @@ def test_the_last_projection_is_fitted_to_what_reaches_it():
     moment, weight = gram_of(z), original.down_proj.weight
     target = weight @ (0.25 * z_dense @ z.T + 0.75 * moment) + 0.5 * (h_dense - h) @ z.T
     kept = channel_order(weight, moment, 1e-6)[:60].sort().values
-    assert relative(found.down_proj.weight, compensated(weight, target, moment, kept, 1e-6)) < 1e-4
+    assert relative(found.down_proj.weight, compensated(weight, target, moment, kept=kept, damping=1e-6)) < 1e-4
     assert torch.equal(found.up_proj.weight, original.up_proj.weight[kept])
 
 

@@ -28,9 +28,10 @@ from component.compress.estimate import (
     waiting_numbers,
     working_bytes,
 )
-from component.compress.factor_planner import modules_of, shapes_of, work_of
+from component.compress.factor_planner import shapes_of, work_of
 from component.flow.lockstep import lockstep
-from component.flow.streaming import Flows
+from component.flow.means import Flows
+from component.flow.modules import modules_of
 from component.solve import reconstruction
 from component.solve.moments import Moments
 from component.solve.solvers import make_solver
@@ -166,10 +167,11 @@ def test_shapes_are_those_of_the_model(family):
     assert shapes.attention == 2
     norms = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 1)
     assert shapes.rest + norms + sum(m.numbers for m in modules) == sum(p.numel() for p in model.parameters())
-    work = work_of(OPTIONS, modules, Flows(tiny.token_windows(4, 32), 4, 4, 3))
+    work = work_of(OPTIONS, modules, Flows(tiny.token_windows(4, 32), whitening=4, reconstruction=4), batch=3)
     assert (work.tokens, work.batch_tokens, work.flows, work.profiled) == (128, 96, 2, 0)
     assert (work.square, work.drift, work.weighted) == (2, 1, False)
-    shared = work_of(OPTIONS, modules, Flows(tiny.token_windows(5, 32), 4, 4, 3), 2)
+    longer = Flows(tiny.token_windows(5, 32), whitening=4, reconstruction=4)
+    shared = work_of(OPTIONS, modules, longer, batch=3, processes=2)
     assert shared.tokens == 80
 
 
@@ -206,7 +208,9 @@ def test_what_solving_allocates_is_what_is_estimated(d_out, d_in, weighted, monk
     x = tiny.rand(d_in, 2 * d_in)
     moments = Moments(tiny.gram_of(x), tiny.rand(d_in, d_in, seed=1), drift=tiny.rand(d_out, d_in, seed=2))
     weighting = torch.eye(d_out, dtype=torch.float64)
-    solver = make_solver("svd-llm", None, 0.25, 0.5, weighting=(lambda _: weighting.clone()) if weighted else None)
+    solver = make_solver(
+        "svd-llm", None, mix_ratio=0.25, drift_ratio=0.5, weighting=(lambda _: weighting.clone()) if weighted else None
+    )
     weight = tiny.rand(d_out, d_in, seed=3).half()
     with Allocated() as allocated:
         solver.solve(weight, moments, 40, "a")
@@ -232,7 +236,9 @@ def test_what_passes_hold_while_they_wait_is_what_is_estimated(waiting):
         return {storage.data_ptr(): storage for storage in found}
 
     before = storages()  # they are kept: what goes would leave its place to what comes
-    with lockstep(layer, {group[0]: None for group in groups}, hidden.split(1), keywords[0], waiting) as flow:
+    with lockstep(
+        layer, {group[0]: None for group in groups}, hidden.split(1), keywords=keywords[0], waiting=waiting
+    ) as flow:
         for number, group in enumerate(groups):
             assert sum(stop.windows for stop in flow.at(group[0])) == 4
             held = sum(storage.nbytes() for key, storage in storages().items() if key not in before)
@@ -250,8 +256,8 @@ def test_the_disk_is_estimated_and_said_before_the_work(arguments, tmp_path, cap
     model = tiny.build()
     described = describe_layers(model)
     modules = modules_of(model, described)
-    flows = Flows(tiny.token_windows(4, 32), 4, 4, 4)
-    found = estimate(shapes_of(model, described, modules), work_of(OPTIONS, modules, flows), HOST)
+    flows = Flows(tiny.token_windows(4, 32), whitening=4, reconstruction=4)
+    found = estimate(shapes_of(model, described, modules), work_of(OPTIONS, modules, flows, batch=4), HOST)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert 0.8 * stored < found.disk < 1.2 * stored
 
@@ -263,7 +269,7 @@ def test_a_card_without_room_changes_what_is_said_and_nothing_else(arguments, tm
     counts, driver = [], compress.compress_layers
 
     def watched(*given, **more):
-        counts.append(given[4].waiting)
+        counts.append(more["means"].waiting)
         return driver(*given, **more)
 
     monkeypatch.setattr(compress, "compress_layers", watched)

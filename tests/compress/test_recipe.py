@@ -15,12 +15,13 @@ import PIFA
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.judging import held_out_perplexity
 from component.compress.recipe import VALUES, Recipe, candidates, choose, tunable
-from component.flow.streaming import Flows, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.streaming import Compression, compress_layers
 from component.ranks.budget import RANK_FLOOR
 from component.solve.solvers import make_solver
 from tests import tiny
 from utils.errors import RunError
-from utils.layers import decoder_layers, describe_layers
+from utils.layers import HeldLayers, decoder_layers, describe_layers
 
 CPU = torch.device("cpu")
 WINDOWS = tiny.token_windows(5, 24)
@@ -40,7 +41,7 @@ def test_the_held_out_perplexity_of_the_models_own_layers_is_the_models(family, 
     model = tiny.build(family, "eager")
     layers = enumerate(layer for _, layer in decoder_layers(model))
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    measured = held_out_perplexity(model, layers, WINDOWS, CPU, batch)
+    measured = held_out_perplexity(model, layers, WINDOWS, device=CPU, batch=batch)
     assert measured == pytest.approx(whole_model_perplexity(model), rel=1e-5)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -49,12 +50,14 @@ def test_layers_from_the_driver_are_judged_as_the_finished_model_is():
     model = tiny.build()
     described = describe_layers(model)
     plan = {f"{layer.name}.{name}": 9 for layer in described for name in layer.linears()}
-    flows, solver = Flows(tiny.token_windows(4, 32, seed=1), 4, 4), make_solver("svd-llm", None, 0.25)
+    flows = Flows(tiny.token_windows(4, 32, seed=1), whitening=4, reconstruction=4)
+    compression = Compression(plan, make_solver("svd-llm", None, mix_ratio=0.25), dtype=torch.float32)
 
     def layers():
-        return compress_layers(model, described, plan, solver, flows, CPU, torch.float32)
+        means = Means(CPU, HeldLayers(model))
+        return compress_layers(model, described, compression, flows=flows, means=means)
 
-    measured = held_out_perplexity(model, layers(), WINDOWS, CPU)
+    measured = held_out_perplexity(model, layers(), WINDOWS, device=CPU)
     dense = whole_model_perplexity(model)
     for index, layer in layers():
         model.set_submodule(described[index].name, layer)
@@ -66,7 +69,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run():
     model = tiny.build()
     model.model.norm.weight[0] = float("nan")
     with pytest.raises(RunError, match="held-out windows is not finite"):
-        held_out_perplexity(model, enumerate(model.model.layers), WINDOWS, CPU)
+        held_out_perplexity(model, enumerate(model.model.layers), WINDOWS, device=CPU)
 
 
 def changed(recipe: Recipe) -> set[str]:

@@ -5,21 +5,22 @@ from pathlib import Path
 
 import torch
 
-from component.flow.streaming import Flows, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.streaming import Compression, compress_layers
 from component.flow.team import team_for
 from component.solve.moments import Moments
 from component.solve.solvers import Solver, make_solver
 from tests import tiny
-from utils.layers import describe_layers
+from utils.layers import HeldLayers, describe_layers
 
 WINDOWS = tiny.token_windows(7, 24)  # no number of processes but 7 divides them
 WHITENING = 3  # fewer than the second of two processes begins with
-SOLVERS = {"exact": ("svd-llm", None, 0.25, 0.5), "whitened": ("svd-llm", 1, 0.25), "asvd": ("asvd", 0, 0.25)}
+SOLVERS = {"exact": ("svd-llm", None, 0.25), "whitened": ("svd-llm", 1, 0.25), "asvd": ("asvd", 0, 0.25)}
 
 
 def compress(team, kind: str) -> tuple[dict[str, Moments], dict[str, torch.Tensor]]:
     """Moments by module, of those that this process solved, and the tensors of all new layers."""
-    inner = make_solver(*SOLVERS[kind])
+    inner = make_solver(*SOLVERS[kind], drift_ratio=0.5 if kind == "exact" else 0.0)
     seen: dict[str, Moments] = {}
 
     def solve(weight, moments, rank, name):
@@ -32,8 +33,11 @@ def compress(team, kind: str) -> tuple[dict[str, Moments], dict[str, torch.Tenso
     plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
     weights = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
     solver = Solver(solve, **needs, token_weights=(lambda name: weights) if kind == "exact" else None)
-    flows = Flows(WINDOWS, WHITENING, 6, 2, None if team.size == 1 else 1)  # of a team, not all passes wait
-    layers = compress_layers(model, described, plan, solver, flows, torch.device("cpu"), torch.float32, team=team)
+    flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=6)
+    waiting = None if team.size == 1 else 1  # of a team, not all passes wait
+    means = Means(torch.device("cpu"), HeldLayers(model), batch=2, team=team, waiting=waiting)
+    compression = Compression(plan, solver, dtype=torch.float32)
+    layers = compress_layers(model, described, compression, flows=flows, means=means)
     return seen, {f"{i}.{key}": t for i, layer in layers for key, t in layer.state_dict().items()}
 
 

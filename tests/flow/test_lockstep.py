@@ -71,7 +71,7 @@ def test_stops_see_what_hooks_on_a_plain_forward_pass_see(family, waiting):
     streams = [stream for stream in stops.values() if stream is not None]
     assert len(streams) == (0 if family == "gemma2" else 2)  # its norms stand between a writer and the stream
     plain = [undisturbed(layer, batch, keywords, [*stops, *streams]) for batch in batches]
-    with lockstep(layer, stops, batches, keywords, waiting) as flow:
+    with lockstep(layer, stops, batches, keywords=keywords, waiting=waiting) as flow:
         for linear, stream in stops.items():
             for stop, batch, (_, seen) in zip(flow.at(linear), batches, plain, strict=True):
                 assert (stop.linear, stop.windows) == (linear, len(batch))
@@ -102,7 +102,7 @@ def test_a_linear_that_was_replaced_meanwhile_is_passed_through_in_its_new_form(
         changed.set_submodule(name, module)
     stops = stops_of(described)
     plain = [undisturbed(changed, batch, keywords, list(stops)) for batch in batches]
-    with lockstep(layer, stops, batches, keywords, waiting) as flow:
+    with lockstep(layer, stops, batches, keywords=keywords, waiting=waiting) as flow:
         for group in described.groups:
             for stop, (_, seen) in zip(flow.at(group[0]), plain, strict=True):
                 assert torch.equal(stop.x, seen[group[0]])
@@ -120,7 +120,7 @@ def test_two_flows_go_side_by_side(waiting):
     other.get_submodule("self_attn.o_proj").weight.mul_(0.5)
     stops = stops_of(described)
     plain = [[undisturbed(each, batch, keywords, list(stops)) for batch in batches] for each in (layer, other)]
-    flows = [lockstep(each, stops, batches, keywords, waiting) for each in (layer, other)]
+    flows = [lockstep(each, stops, batches, keywords=keywords, waiting=waiting) for each in (layer, other)]
     with flows[0] as first, flows[1] as second:
         for linear in stops:
             for index, pair in enumerate(zip(first.at(linear), second.at(linear), strict=True)):
@@ -133,7 +133,7 @@ def test_only_passes_that_do_not_wait_run_again_and_they_keep_nothing():
     layer, described, batches, keywords = second_layer("llama-gqa")
     stops, seen, alive = stops_of(described), list[int](), threading.active_count()
     layer.get_submodule("input_layernorm").register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
-    with lockstep(layer, stops, batches, keywords, 1) as flow:
+    with lockstep(layer, stops, batches, keywords=keywords, waiting=1) as flow:
         for linear in stops:
             inputs = [weakref.ref(stop.x) for stop in flow.at(linear)]
             assert [x() is not None for x in inputs] == [True, False, False]
@@ -148,7 +148,7 @@ def test_the_next_layers_passes_run_in_the_same_threads():
     with ThreadPoolExecutor(len(batches)) as threads:  # all of them are needed at once
         for idents in used:
             hook = layer.register_forward_pre_hook(lambda *_, idents=idents: idents.add(threading.get_ident()))
-            with lockstep(layer, stops, batches, keywords, threads=threads) as flow:
+            with lockstep(layer, stops, batches, keywords=keywords, threads=threads) as flow:
                 for linear in stops:
                     list(flow.at(linear))
                 list(flow.outputs())
@@ -158,7 +158,7 @@ def test_the_next_layers_passes_run_in_the_same_threads():
 
 def test_without_stops_it_is_a_plain_forward_pass():
     layer, _, batches, keywords = second_layer("llama-gqa")
-    with lockstep(layer, {}, batches, keywords) as flow:
+    with lockstep(layer, {}, batches, keywords=keywords) as flow:
         outputs = list(flow.outputs())
     assert all(
         torch.equal(found, undisturbed(layer, batch, keywords, [])[0])
@@ -178,7 +178,7 @@ def test_an_error_inside_a_layer_reaches_the_caller(where, waiting):
     handle = broken.register_forward_pre_hook(fail)
     with (
         pytest.raises(ValueError, match="no such luck"),
-        lockstep(layer, stops_of(described), batches, keywords, waiting) as flow,
+        lockstep(layer, stops_of(described), batches, keywords=keywords, waiting=waiting) as flow,
     ):
         assert len(list(flow.at("self_attn.q_proj"))) == len(batches)
         assert where == "behind it"
@@ -194,7 +194,7 @@ def test_leaving_early_leaves_no_thread_and_no_patch(stopped, waiting):
     layer, described, batches, keywords = second_layer("llama-gqa")
     stops = stops_of(described)
     alive = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), lockstep(layer, stops, batches, keywords, waiting) as flow:
+    with pytest.raises(KeyboardInterrupt), lockstep(layer, stops, batches, keywords=keywords, waiting=waiting) as flow:
         assert threading.active_count() == alive + waiting and patched(layer)
         for linear in list(stops)[:stopped]:
             for number, _ in enumerate(flow.at(linear)):
@@ -235,7 +235,7 @@ def test_a_linear_called_twice_or_not_at_all_is_an_error(calls, message, waiting
     layer = Odd(calls)
     with (
         pytest.raises(RunError, match=message),
-        lockstep(layer, {"a": None, "b": None}, [torch.ones(1, 3, 4)], {}, waiting) as f,
+        lockstep(layer, {"a": None, "b": None}, [torch.ones(1, 3, 4)], keywords={}, waiting=waiting) as f,
     ):
         list(f.at("a"))
         list(f.at("b"))

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from component.flow.refinement import draws, factors_of, pace, refine_layer, relative_error, split_windows, step_size
+from component.flow.refinement import (
+    Descent,
+    draws,
+    factors_of,
+    pace,
+    refine_layer,
+    relative_error,
+    split_windows,
+    step_size,
+)
 from component.format.linear import LowRankLinear
 from component.solve.whitening import plain_factors
 from tests import tiny
@@ -37,8 +46,11 @@ class Block:
             factor.add_((size * tiny.rand(*factor.shape, seed=seed)).to(dtype))
 
     def refine(self, **changes) -> tuple[float, float]:
-        arguments = {"inputs": self.inputs, "targets": self.targets, "steps": STEPS, "batch": BATCH, **changes}
-        return refine_layer(self.layer, keywords=self.keywords, **arguments)
+        arguments = {"inputs": self.inputs, "targets": self.targets, "name": "layer"}
+        how = {"steps": STEPS, "batch": BATCH}
+        for key, value in changes.items():
+            (arguments if key in arguments else how)[key] = value
+        return refine_layer(self.layer, keywords=self.keywords, descent=Descent(**how), **arguments)
 
     @torch.no_grad()
     def error(self, windows: Tensor | slice = slice(None)) -> float:
@@ -186,11 +198,13 @@ def test_windows_either_train_or_judge(count):
 @pytest.mark.parametrize(("count", "steps", "batch"), [(5, 7, 3), (4, 3, 4), (2, 5, 8), (1, 3, 1)])
 def test_draws_use_all_windows_equally_often(count, steps, batch):
     windows = torch.arange(10, 10 + count)
-    batches = list(draws(windows, steps, batch, seed=0))
+    batches = list(draws(windows, steps=steps, batch=batch, seed=0))
     assert [len(chosen) for chosen in batches] == [min(batch, count)] * steps
     times = torch.cat(batches).bincount(minlength=10 + count)[10:]
     assert times.max() - times.min() <= 1
-    assert all(torch.equal(a, b) for a, b in zip(batches, draws(windows, steps, batch, seed=0), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches, draws(windows, steps=steps, batch=batch, seed=0), strict=True)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 100])

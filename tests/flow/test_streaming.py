@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from component.flow.lockstep import lockstep
+from component.flow.means import Flows, Means
 from component.flow.refinement import relative_error
-from component.flow.streaming import Flows, Refinement, add_moments, compress_layers
+from component.flow.solving import add_moments
+from component.flow.streaming import Compression, Refinement, compress_layers
 from component.format.linear import LowRankLinear
 from component.solve.moments import Moments
 from component.solve.names import FACTORING, default_step
@@ -17,8 +19,9 @@ from component.solve.solvers import Solver, make_solver
 from component.solve.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
 from utils.errors import RunError
-from utils.layers import describe_layers, layer_inputs, run_layer
+from utils.layers import HeldLayers, describe_layers, layer_inputs, run_layer
 
+CPU = torch.device("cpu")
 MIX_RATIO = 0.25
 WINDOWS = tiny.token_windows(6, 32)
 WHITENING, RECONSTRUCTION = 4, 6  # windows; 4 x 32 tokens are more than the 96 rows of the largest Gram matrix
@@ -115,10 +118,17 @@ def brute_force(model: nn.Module, described, plan, method: str) -> dict[str, tup
 
 def driven(model: nn.Module, plan, method: str, batch: int = 4, windows: Tensor = WINDOWS, dtype=torch.float32):
     """The driver's layers."""
-    flows = Flows(windows, WHITENING, RECONSTRUCTION, batch)
-    solver = make_solver(*METHODS[method])
-    cpu = torch.device("cpu")
-    return dict(compress_layers(model, describe_layers(model), plan, solver, flows, cpu, dtype))
+    compression = Compression(plan, make_solver(*METHODS[method]), dtype=dtype)
+    return walked(model, describe_layers(model), compression, batch=batch, windows=windows)
+
+
+def walked(
+    model: nn.Module, described, compression: Compression, *, windows: Tensor = WINDOWS, finished=None, **means
+) -> dict[int, nn.Module]:
+    """The same by any compression. means: batch, waiting."""
+    flows = Flows(windows, whitening=WHITENING, reconstruction=RECONSTRUCTION)
+    more = {"flows": flows, "means": Means(CPU, HeldLayers(model), **{"batch": 4, **means})}
+    return dict(compress_layers(model, described, compression, **more, **({"finished": finished} if finished else {})))
 
 
 def weights_of(layers, described) -> dict[str, Tensor]:
@@ -174,10 +184,10 @@ def test_only_planned_linears_are_replaced_and_the_model_stays_as_it_was(family)
 
 @pytest.mark.parametrize(("prune", "step"), [("svd", 0), ("svd-llm", 0), ("svd-llm", 1), ("svd-llm", None)])
 def test_solvers_ask_only_for_the_moments_they_read(prune, step):
-    solver = make_solver(prune, step, MIX_RATIO)
+    solver = make_solver(prune, step, mix_ratio=MIX_RATIO)
     assert solver.needs_dense_gram == (prune == "svd-llm" and step is not None)
     assert solver.needs_low_rank_flow == solver.needs_gram == solver.needs_cross == (step != 0)
-    assert not make_solver(prune, step, 0.0).needs_cross
+    assert not make_solver(prune, step, mix_ratio=0.0).needs_cross
 
 
 def test_default_steps():
@@ -237,9 +247,7 @@ def test_layers_from_an_earlier_run_are_not_solved_again_and_the_flows_go_throug
         return index == 0
 
     counting = type(solver)(solve, needs_gram=True, needs_cross=True)
-    flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
-    cpu = torch.device("cpu")
-    layers = dict(compress_layers(model, described, plan, counting, flows, cpu, torch.float32, finished))
+    layers = walked(model, described, Compression(plan, counting, dtype=torch.float32), finished=finished)
     assert solved and all(name.startswith("model.layers.1.") for name in solved)
     for index, layer in layers.items():
         assert all(torch.equal(t, whole[index].state_dict()[name]) for name, t in layer.state_dict().items())
@@ -265,16 +273,17 @@ def test_drift_is_that_of_the_stream_that_the_module_writes_into(family):
         layers = [each.get_submodule(second.name) for each in (model, small)]
         group = next(group for group in second.groups if writer in group)
         _, keywords = layer_inputs(model, WINDOWS)
-        flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
-        solver = make_solver("svd-llm", None, MIX_RATIO, drift_ratio=0.3)
+        flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=RECONSTRUCTION)
+        solver = make_solver("svd-llm", None, mix_ratio=MIX_RATIO, drift_ratio=0.3)
         stops = {group[0]: stream}
         flow_of = [
-            lockstep(layer, stops, state.split(4), keywords[1]) for layer, state in zip(layers, states, strict=True)
+            lockstep(layer, stops, state.split(4), keywords=keywords[1])
+            for layer, state in zip(layers, states, strict=True)
         ]
         with flow_of[0] as dense_flow, flow_of[1] as low_rank_flow:
             start = 0
             for pair in zip(dense_flow.at(group[0]), low_rank_flow.at(group[0]), strict=True):
-                add_moments(moments, *pair, solver, flows, None, start)
+                add_moments(moments, *pair, solver=solver, flows=flows, weights=None, start=start)
                 start += pair[0].windows
         assert tiny.relative(moments.drift, (h_dense - h_small) @ x_small.T) < 1e-5
         assert tiny.relative(moments.cross, x_dense @ x_small.T) < 1e-5
@@ -305,8 +314,9 @@ def test_tokens_are_weighed_in_gram_cross_and_drift_and_in_nothing_else(family, 
 
     solver = Solver(solve, True, True, True, True, token_weights=weights.__getitem__)
     plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
-    flows = Flows(WINDOWS, whitening=4, reconstruction=5, batch=batch)
-    layers = dict(compress_layers(model, described, plan, solver, flows, torch.device("cpu"), torch.float32))
+    flows, means = Flows(WINDOWS, whitening=4, reconstruction=5), Means(CPU, HeldLayers(model), batch=batch)
+    compression = Compression(plan, solver, dtype=torch.float32)
+    layers = dict(compress_layers(model, described, compression, flows=flows, means=means))
 
     small = copy.deepcopy(model)
     for layer, new in zip(described, layers.values(), strict=True):
@@ -336,9 +346,7 @@ def test_tokens_are_weighed_in_gram_cross_and_drift_and_in_nothing_else(family, 
 
 def layers_by(solver: Solver, model: nn.Module, **more) -> dict[int, nn.Module]:
     described = describe_layers(model)
-    flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4)
-    cpu = torch.device("cpu")
-    return dict(compress_layers(model, described, ranks_of(described), solver, flows, cpu, torch.float32, **more))
+    return walked(model, described, Compression(ranks_of(described), solver, dtype=torch.float32), **more)
 
 
 def state_of(layers: dict[int, nn.Module]) -> dict[str, Tensor]:
@@ -352,12 +360,8 @@ def test_passes_that_begin_anew_change_no_bit(waiting, method, family):
     model = tiny.build(family)
     described = describe_layers(model)
     plan = ranks_of(described)
-    solver, cpu = make_solver(*METHODS[method]), torch.device("cpu")
-    found = []
-    for count in (None, waiting):
-        flows = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 1, count)
-        layers = compress_layers(model, described, plan, solver, flows, cpu, torch.float32)
-        found.append(state_of(dict(layers)))
+    compression = Compression(plan, make_solver(*METHODS[method]), dtype=torch.float32)
+    found = [state_of(walked(model, described, compression, batch=1, waiting=count)) for count in (None, waiting)]
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
 
@@ -365,7 +369,9 @@ def test_passes_that_begin_anew_change_no_bit(waiting, method, family):
 def test_weights_of_one_change_nothing_and_others_do():
     model = tiny.build()
     plain, ones, others = (
-        state_of(layers_by(make_solver("svd-llm", None, MIX_RATIO, 0.5, token_weights=weights), model))
+        state_of(
+            layers_by(make_solver("svd-llm", None, mix_ratio=MIX_RATIO, drift_ratio=0.5, token_weights=weights), model)
+        )
         for weights in (None, lambda _: torch.ones(6, 32), lambda _: tiny.rand(6, 32).abs().float())
     )
     assert all(torch.equal(tensor, ones[key]) for key, tensor in plain.items())
@@ -376,11 +382,13 @@ def test_weights_of_one_change_nothing_and_others_do():
 def test_the_ridge_reaches_the_exact_solver(ridge):
     weight, x = tiny.rand(6, 8, seed=1), tiny.rand(8, 40, seed=2)
     moments = Moments(gram=tiny.gram_of(x), cross=tiny.rand(8, 40, seed=3) @ x.T)
-    found = make_solver("svd-llm", None, 0.5, ridge=ridge).solve(weight, moments, 3, "a")
+    found = make_solver("svd-llm", None, mix_ratio=0.5, ridge=ridge).solve(weight, moments, 3, "a")
     target = weight @ (0.5 * moments.cross + 0.5 * moments.gram)
-    expected = exact_factors(weight, target, moments.gram, 3, ridge)
+    expected = exact_factors(weight, target, moments.gram, rank=3, damping=ridge)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert make_solver("svd-llm", None, 0.5).solve(weight, moments, 3, "a")[0].equal(found[0]) == (ridge == 1e-3)
+    assert make_solver("svd-llm", None, mix_ratio=0.5).solve(weight, moments, 3, "a")[0].equal(found[0]) == (
+        ridge == 1e-3
+    )
 
 
 def noisy(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
@@ -398,7 +406,7 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
     dense = [model.get_submodule(layer.name) for layer in described]
     hidden, keywords = layer_inputs(model, WINDOWS)
     plan = {f"{layer.name}.{name}": 24 for layer in described for name in layer.linears()}
-    fitted = make_solver("svd-llm", None, MIX_RATIO).solve
+    fitted = make_solver("svd-llm", None, mix_ratio=MIX_RATIO).solve
     calls: list[str] = []
 
     def solve(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
@@ -406,13 +414,14 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
         return (noisy if "layers.0" in name else fitted)(weight, moments, rank, name)
 
     solver = Solver(solve, needs_gram=True, needs_cross=True)
-    flows, cpu = Flows(WINDOWS, WHITENING, RECONSTRUCTION, 4), torch.device("cpu")
+    refinement = Refinement(steps=24, drift_ratio=0.25, seed=1)
 
-    def layers(**more) -> dict[int, nn.Module]:
-        return dict(compress_layers(model, described, plan, solver, flows, cpu, torch.float32, **more))
+    def layers(refinement: Refinement | None = None, **more) -> dict[int, nn.Module]:
+        compression = Compression(plan, solver, dtype=torch.float32, refinement=refinement)
+        return walked(model, described, compression, **more)
 
     caplog.set_level("INFO", logger="pifa")
-    plain, refined = layers(), layers(refinement=Refinement(24, 0.25, 1))
+    plain, refined = layers(), layers(refinement=refinement)
     said = [message for message in caplog.messages if "refined: relative error" in message]
     assert [message.split()[0] for message in said] == [layer.name for layer in described]
 
@@ -434,6 +443,6 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
         return index == 0
 
     calls.clear()
-    again = layers(finished=finished, refinement=Refinement(24, 0.25, 1))
+    again = layers(finished=finished, refinement=refinement)
     assert calls and all("layers.1" in name for name in calls)
     assert all(torch.equal(t, state_of(refined)[key]) for key, t in state_of(again).items())

@@ -74,7 +74,7 @@ def test_uniform_never_exceeds_the_density_and_misses_by_less_than_a_rank(storag
 @given(modules=DECODERS, density=st.floats(0.4, 0.9), share=st.floats(0.6, 1.4))
 def test_by_type_holds_the_whole_density(storage, modules, density, share):
     attention = density * share
-    budget = Budget(modules, density, storage, attention)
+    budget = Budget(modules, density, storage, attention_density=attention)
     try:
         mlp = mlp_density(modules, density, attention)
     except UsageError:
@@ -104,7 +104,7 @@ def test_mlp_density_is_counted_from_the_shapes(width, keys, mlp):
 def test_mlp_density_of_equal_densities_is_the_same():
     assert mlp_density(decoder(), 0.55, 0.55) == pytest.approx(0.55)
     plans = [
-        by_type(Budget(decoder(), 0.55, PIVOTED, 0.55)),
+        by_type(Budget(decoder(), 0.55, PIVOTED, attention_density=0.55)),
         by_type(Budget(decoder(), 0.55, PIVOTED)),  # without --attn_ratio
         uniform(Budget(decoder(), 0.55, PIVOTED)),
     ]
@@ -115,7 +115,7 @@ def test_mlp_density_of_equal_densities_is_the_same():
 def test_an_attention_density_that_no_mlp_balances_is_refused_with_the_range_that_works(density, attention):
     modules = decoder(96, 96, 64)
     with pytest.raises(UsageError, match="attention ratio between") as caught:
-        by_type(Budget(modules, density, PIVOTED, attention))
+        by_type(Budget(modules, density, PIVOTED, attention_density=attention))
     least, most = (float(word) for word in str(caught.value).split("between ")[1].split(" would")[0].split(" and "))
     middle = 1 - (least + most) / 2
     assert 0 < mlp_density(modules, density, middle) <= 1
@@ -124,7 +124,7 @@ def test_an_attention_density_that_no_mlp_balances_is_refused_with_the_range_tha
 def test_a_model_of_one_type_has_nothing_to_balance():
     modules = [module for module in decoder() if module.attention]
     with pytest.raises(UsageError, match="outside of it"):
-        by_type(Budget(modules, 0.6, PIVOTED, 0.5))
+        by_type(Budget(modules, 0.6, PIVOTED, attention_density=0.5))
 
 
 def test_density_one_keeps_every_module_dense():
@@ -171,7 +171,11 @@ def test_by_loss_stays_within_the_density_and_loses_no_more_than_uniform(storage
 
 
 def test_by_loss_is_near_the_best_of_all_plans():
-    modules = [Module("a", 12, 10, True), Module("b", 10, 14, False), Module("c", 9, 9, False)]
+    modules = [
+        Module("a", 12, 10, attention=True),
+        Module("b", 10, 14, attention=False),
+        Module("c", 9, 9, attention=False),
+    ]
     budget = Budget(modules, 0.8, PIVOTED, curves=curves_of(modules, 1))
     options = [[*range(1, min(m.d_out, m.d_in)), None] for m in modules]
     plans = (dict(zip("abc", ranks, strict=True)) for ranks in itertools.product(*options))
@@ -194,7 +198,7 @@ SCORES = st.lists(st.floats(0.5, 1.0), min_size=3, max_size=3)
 def test_owl_and_iprs_hold_the_density_and_follow_the_scores(scores, density, ratio):
     modules = decoder(64, 32, 96, layers=3)
     attention = None if ratio is None else ratio * density
-    budget = Budget(modules, density, PIVOTED, attention, outliers=scores, influence=scores)
+    budget = Budget(modules, density, PIVOTED, attention_density=attention, outliers=scores, influence=scores)
     for allocate in (owl, iprs):
         plan = allocate(budget)
         assert stored(plan, modules, PIVOTED) <= density * numbers(modules) * (1 + 1e-9)
@@ -266,7 +270,16 @@ def measured(modules, density, storage, seed, multiple) -> Budget:
     layers = modules[-1].layer + 1
     scores = list(np.random.default_rng(seed).uniform(0.5, 1, layers))
     curves = curves_of(modules, seed)
-    return Budget(modules, density, storage, None, curves, scores, scores, rank_multiple=multiple)
+    return Budget(
+        modules,
+        density,
+        storage,
+        attention_density=None,
+        curves=curves,
+        outliers=scores,
+        influence=scores,
+        rank_multiple=multiple,
+    )
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
@@ -298,7 +311,7 @@ def test_what_rounding_frees_is_handed_on_until_nothing_more_is_affordable(name,
 
 
 def test_what_rounding_frees_goes_first_to_the_module_that_is_furthest_below_its_share():
-    modules = [Module("a", 60, 60, True), Module("b", 36, 36, False)]
+    modules = [Module("a", 60, 60, attention=True), Module("b", 36, 36, attention=False)]
     assert uniform(Budget(modules, 0.5, LOW_RANK)) == {"a": 15, "b": 9}
     # 0.5 (3600 + 1296) = 2448, of which 8 ranks each take 960 + 576: the 912 left do not pay 960 for 8 more of "a",
     # but 576 for 8 more of "b" and then 144 to keep it dense, where 24 ranks would cost 1728

@@ -8,7 +8,7 @@ from component.ranks.allocation import Module
 from component.ranks.plan import plan_as_json, read_plan
 from utils.errors import UsageError
 
-MODULES = [Module("a", 8, 6, True), Module("b", 4, 6, False)]
+MODULES = [Module("a", 8, 6, attention=True), Module("b", 4, 6, attention=False)]
 GOOD = {"format_version": 1, "layers": {"a": 3, "b": "dense"}}
 
 

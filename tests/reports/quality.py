@@ -22,12 +22,14 @@ import torch
 import PIFA
 from component.checkpoint.entries import stored_as
 from component.compress.auto_planner import planner_of
-from component.compress.factor_planner import Means, modules_of, recipe_of, storage_of
+from component.compress.factor_planner import recipe_of, storage_of
 from component.compress.job import Job, prepare
 from component.compress.judging import held_out_perplexity, window_losses
 from component.compress.pipeline import BATCH_TOKENS
 from component.compress.recipe import Recipe, choose
-from component.flow.streaming import Flows, Refinement, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.modules import modules_of
+from component.flow.streaming import Compression, Refinement, compress_layers
 from component.ranks.allocation import ALLOCATIONS
 from utils import data, models
 from utils.attention import repeat_heads
@@ -73,6 +75,7 @@ class Bench:
         self.described = describe_layers(self.model)
         self.modules = modules_of(self.model, self.described)
         self.batch = max(1, BATCH_TOKENS // first.model_seq_len)
+        self.means = Means(self.device, HeldLayers(self.model), batch=self.batch)
         texts = [data.read_text(name, "test").text for name in (options.test, "pydoc")]
         tokens = [data.tokenize(self.job.tokenizer, text) for text in texts]
         whole = [
@@ -90,13 +93,14 @@ class Bench:
         # one profile serves all rows: with and without output weighting
         recipes = [replace(start, output_shrinkage=shrinkage) for shrinkage in (0.1, None)]
         began = time.perf_counter()
-        means = Means(self.device, self.batch, HeldLayers(self.model))
-        planner = planner_of(job, self.model, self.described, self.modules, start, recipes, means)
+        planner = planner_of(job, self.model, self.described, self.modules, start, recipes, self.means)
         profiled = time.perf_counter()
         recipe, tuned = choose(start, planner.kinds(start), [], 0, lambda one: self.held_out(job, planner, one))
         chosen = time.perf_counter()
         both = torch.cat(self.windows)
-        losses = window_losses(self.model, self.layers(job, planner, recipe), both, self.device, self.batch)
+        losses = window_losses(
+            self.model, self.layers(job, planner, recipe), both, device=self.device, batch=self.batch
+        )
         parts = losses.split([len(windows) for windows in self.windows])
         storage, entries = storage_of(job.options), planner.entries(planner.plan(recipe))
         numbers = sum(stored_as(entry, storage) for entry in entries.values())
@@ -112,27 +116,24 @@ class Bench:
 
     def layers(self, job: Job, planner: Any, recipe: Recipe) -> Iterator:
         options = job.options
-        flows = Flows(job.windows, options.pruning_nsamples, options.reconstruct_nsamples, self.batch)
+        flows = Flows(job.windows, whitening=options.pruning_nsamples, reconstruction=options.reconstruct_nsamples)
         steps = options.refine_steps
-        return compress_layers(
-            self.model,
-            self.described,
+        compression = Compression(
             planner.plan(recipe),
             planner.solver(recipe),
-            flows,
-            self.device,
-            torch.float32,
-            narrowing=planner.narrowing(recipe),
-            refinement=Refinement(steps, recipe.drift_factor, options.seed) if steps else None,
+            dtype=torch.float32,
+            layer_solver=planner.narrowing(recipe),
+            refinement=Refinement(steps=steps, drift_ratio=recipe.drift_factor, seed=options.seed) if steps else None,
         )
+        return compress_layers(self.model, self.described, compression, flows=flows, means=self.means)
 
     def held_out(self, job: Job, planner: Any, recipe: Recipe) -> float:
         layers = self.layers(job, planner, recipe)
-        return held_out_perplexity(self.model, layers, job.held_out, self.device, self.batch)
+        return held_out_perplexity(self.model, layers, job.held_out, device=self.device, batch=self.batch)
 
     def dense(self) -> dict:
         layers = ((i, self.model.get_submodule(d.name).to(self.device)) for i, d in enumerate(self.described))
-        losses = window_losses(self.model, layers, torch.cat(self.windows), self.device, self.batch)
+        losses = window_losses(self.model, layers, torch.cat(self.windows), device=self.device, batch=self.batch)
         parts = losses.split([len(windows) for windows in self.windows])
         self.model.to("cpu")
         return {

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from component.flow.streaming import Flows, compress_layers
+from component.flow.means import Flows, Means
+from component.flow.streaming import Compression, compress_layers
 from component.solve.moments import Moments
 from component.solve.names import default_step
 from component.solve.solvers import make_solver
 from tests import tiny
-from utils.layers import describe_layers
+from utils.layers import HeldLayers, describe_layers
 
 WINDOWS = tiny.token_windows(6, 32)
 WHITENING = 4  # windows of the six
@@ -46,11 +47,11 @@ def test_the_driver_is_asvd_by_hand(family, batch):
     model = tiny.build(family)
     described = describe_layers(model)
     plan = {f"{layer.name}.{name}": 9 for layer in described for name in layer.linears()}
-    flows = Flows(WINDOWS, WHITENING, len(WINDOWS), batch)
+    flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=len(WINDOWS))
+    means = Means(torch.device("cpu"), HeldLayers(model), batch=batch)
+    compression = Compression(plan, make_solver("asvd", 0, mix_ratio=0.25), dtype=torch.float64)
     inputs = dense_inputs(model, WINDOWS[:WHITENING])
-    layers = compress_layers(
-        model, described, plan, make_solver("asvd", 0, 0.25), flows, torch.device("cpu"), torch.float64
-    )
+    layers = compress_layers(model, described, compression, flows=flows, means=means)
     for index, layer in layers:
         for name in described[index].linears():
             full = f"{described[index].name}.{name}"
@@ -61,18 +62,21 @@ def test_the_driver_is_asvd_by_hand(family, batch):
 def test_asvd_starts_a_reconstruction_too():
     weight, x = tiny.rand(8, 6), tiny.rand(6, 40, seed=1)
     moments = Moments(gram=tiny.gram_of(x), dense_magnitude=x.abs().sum(1))
-    u, v = make_solver("asvd", 1, 0.0).solve(weight, moments, 3, "a")
-    _, start = make_solver("asvd", 0, 0.0).solve(weight, moments, 3, "a")
+    u, v = make_solver("asvd", 1, mix_ratio=0.0).solve(weight, moments, 3, "a")
+    _, start = make_solver("asvd", 0, mix_ratio=0.0).solve(weight, moments, 3, "a")
     best = weight @ x @ torch.linalg.pinv(start @ x)  # of all U, the one that loses least with this V
     assert tiny.relative(u @ v, best @ start) < 1e-3
 
 
 @pytest.mark.parametrize("step", [0, 1, None])
 def test_asvd_asks_for_magnitudes_only_where_it_reads_them(step):
-    solver = make_solver("asvd", step, 0.0)
+    solver = make_solver("asvd", step, mix_ratio=0.0)
     assert (solver.needs_dense_magnitude, solver.needs_dense_gram) == (step is not None, False)
     assert solver.needs_dense_flow == (step is not None) and solver.needs_low_rank_flow == (step != 0)
-    assert make_solver("svd-llm", 0, 0.0).needs_dense_flow and not make_solver("svd", 0, 0.0).needs_dense_flow
+    assert (
+        make_solver("svd-llm", 0, mix_ratio=0.0).needs_dense_flow
+        and not make_solver("svd", 0, mix_ratio=0.0).needs_dense_flow
+    )
 
 
 def test_asvd_is_left_as_it_is_by_default():

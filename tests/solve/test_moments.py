@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from component.solve import moments
-from component.solve.moments import add_gram, add_magnitude, add_product, full_precision
+from component.solve.moments import add_gram, add_magnitude, add_product
 from tests.tiny import rand, relative
+from utils.precision import full_precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

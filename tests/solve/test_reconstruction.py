@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
     @property
     def target(self) -> Tensor:
-        return target_moment(self.weight, self.gram, self.cross, self.mix_ratio)
+        return target_moment(self.weight, self.gram, self.cross, mix_ratio=self.mix_ratio)
 
     @property
     def outputs(self) -> Tensor:
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
         return (error + (self.mu if mu is None else mu) * (self.weight - u @ v).square().sum()).item()
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        return exact_factors(self.weight, self.target, self.gram, self.rank)
+        return exact_factors(self.weight, self.target, self.gram, rank=self.rank)
 
 
 def problem(m: int = 7, n: int = 6, rank: int = 3, mix_ratio: float = 0.25, seed: int = 0, tokens: int = 20) -> Problem:
@@ -129,7 +129,7 @@ def test_at_lambda_0_and_full_rank_the_weight_comes_back(p):
 
 def test_at_lambda_0_the_cross_moment_is_not_read():
     p = problem(mix_ratio=0.0)
-    without = target_moment(p.weight, p.gram, None, 0.0)
+    without = target_moment(p.weight, p.gram, None, mix_ratio=0.0)
     torch.testing.assert_close(without, p.target, rtol=0, atol=0)
     torch.testing.assert_close(without, p.weight @ p.gram, rtol=1e-12, atol=1e-12)
 
@@ -137,7 +137,7 @@ def test_at_lambda_0_the_cross_moment_is_not_read():
 def test_exact_without_drift_is_whitening():
     """Both flows alike: the target is W X, and damping apart the problem is SVD-LLM's."""
     p = problem()._replace(mix_ratio=0.0)
-    u, v = exact_factors(p.weight, p.target, p.gram, p.rank, damping=1e-9)
+    u, v = exact_factors(p.weight, p.target, p.gram, rank=p.rank, damping=1e-9)
     white_u, white_v = whitened_factors(p.weight, p.gram, p.rank)
     assert relative(u @ v, white_u @ white_v) < 1e-4
 
@@ -166,7 +166,7 @@ def test_steps_are_the_papers(step):
     if step in (2, -1):
         right = torch.linalg.inv(p.gram + PAPER_RIDGE * torch.eye(len(p.gram), dtype=torch.float64))
         v = torch.linalg.inv(u.T @ u) @ u.T @ (p.outputs @ p.x_low_rank.T + PAPER_RIDGE * p.weight) @ right
-    found_u, found_v = alternating_factors(p.weight, p.target, p.gram, start, step)
+    found_u, found_v = alternating_factors(p.weight, p.target, p.gram, start=start, step=step)
     assert relative(found_u @ found_v, u @ v) < 1e-10
     if step == 1:  # v is only scaled
         found_rows, start_rows = (torch.nn.functional.normalize(rows) for rows in (found_v, start[1]))
@@ -177,14 +177,14 @@ def test_a_sweep_lowers_the_error_and_exact_lowers_it_most():
     p = problem()
     start = whitened_factors(p.weight, gram_of(p.x_dense), p.rank)
     errors = [p.objective(*start)]
-    errors += [p.objective(*alternating_factors(p.weight, p.target, p.gram, start, step)) for step in (1, 2)]
+    errors += [p.objective(*alternating_factors(p.weight, p.target, p.gram, start=start, step=step)) for step in (1, 2)]
     errors.append(p.objective(*p.exact()))
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize("solve", [
     lambda p: p.exact(),
-    lambda p: alternating_factors(p.weight, p.target, p.gram, plain_factors(p.weight, p.rank), 2),
+    lambda p: alternating_factors(p.weight, p.target, p.gram, start=plain_factors(p.weight, p.rank), step=2),
 ])  # fmt: skip
 def test_factors_are_balanced(solve):
     u, v = solve(problem())
@@ -196,14 +196,14 @@ def test_factors_are_balanced(solve):
 def test_fewer_tokens_than_rows_give_finite_factors(step, tokens):
     p = problem(tokens=tokens)
     start = whitened_factors(p.weight, gram_of(p.x_dense), p.rank)
-    u, v = alternating_factors(p.weight, p.target, p.gram, start, step)
+    u, v = alternating_factors(p.weight, p.target, p.gram, start=start, step=step)
     assert torch.isfinite(u).all() and torch.isfinite(v).all()
 
 
 def test_no_data_at_all_gives_the_plain_svd():
     """An input that is always zero says nothing about which outputs matter."""
     weight, nothing = rand(7, 6), torch.zeros(6, 6, dtype=torch.float64)
-    u, v = exact_factors(weight, weight @ nothing, nothing, 3)
+    u, v = exact_factors(weight, weight @ nothing, nothing, rank=3)
     plain_u, plain_v = plain_factors(weight, 3)
     assert relative(u @ v, plain_u @ plain_v) < 1e-9
 
@@ -214,15 +214,15 @@ def test_a_weighting_moves_the_optimum_to_the_weighted_error():
     weighting = torch.linalg.cholesky(gram_of(rand(8, 30, seed=3)))
     drift = rand(8, 40, seed=4)
     gram, mu = gram_of(x), EXACT_DAMPING * gram_of(x).diagonal().mean()
-    target = target_moment(weight, gram, None, 0.0, drift @ x.T, 0.5)
+    target = target_moment(weight, gram, None, mix_ratio=0.0, drift=drift @ x.T, drift_ratio=0.5)
 
     def objective(u: Tensor, v: Tensor) -> float:
         error = weighting.T @ (weight @ x + 0.5 * drift - u @ v @ x)
         return (error.square().sum() + mu * (weighting.T @ (weight - u @ v)).square().sum()).item()
 
-    u, v = exact_factors(weight, target, gram, rank, weighting=weighting)
+    u, v = exact_factors(weight, target, gram, rank=rank, weighting=weighting)
     least = objective(u, v)
-    unweighted = exact_factors(weight, target, gram, rank)
+    unweighted = exact_factors(weight, target, gram, rank=rank)
     assert least < objective(*unweighted)
     for seed in range(30):
         step = 10.0 ** -(seed % 4 + 1)
@@ -234,7 +234,9 @@ def test_equal_ratios_pull_stream_and_module_together_towards_the_dense_flow():
     weight, x_dense, x, share = rand(5, 7, seed=1), rand(7, 30, seed=2), rand(7, 30, seed=3), 0.4
     h_dense, h = rand(5, 30, seed=4), rand(5, 30, seed=5)
     wanted = share * (h_dense + weight @ x_dense) + (1 - share) * (h + weight @ x) - h
-    moment = target_moment(weight, gram_of(x), x_dense @ x.T, share, (h_dense - h) @ x.T, share)
+    moment = target_moment(
+        weight, gram_of(x), x_dense @ x.T, mix_ratio=share, drift=(h_dense - h) @ x.T, drift_ratio=share
+    )
     assert relative(moment, wanted @ x.T) < 1e-12
 
 
@@ -244,7 +246,7 @@ def test_the_target_is_the_same_however_many_rows_are_mixed_at_once(rows, mix_ra
     monkeypatch.setattr(reconstruction, "ROWS", rows)
     weight, gram, cross, drift = rand(5, 7), gram_of(rand(7, 20, seed=1)), rand(7, 7, seed=2), rand(5, 7, seed=3)
     before = [tensor.clone() for tensor in (weight, gram, cross, drift)]
-    found = target_moment(weight.float(), gram, cross, mix_ratio, drift, 0.5)
+    found = target_moment(weight.float(), gram, cross, mix_ratio=mix_ratio, drift=drift, drift_ratio=0.5)
     expected = weight.float().double() @ (mix_ratio * cross + (1 - mix_ratio) * gram) + 0.5 * drift
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     assert all(torch.equal(*pair) for pair in zip((weight, gram, cross, drift), before, strict=True))

@@ -9,9 +9,10 @@ import torch
 
 import component.compress.factor_planner
 import component.compress.profile
-from component.compress.factor_planner import Means, Planner, profile_for
+from component.compress.factor_planner import Planner, profile_for
 from component.compress.profile import Profiling, Sensitivity, make_profile, profile_layers
 from component.compress.recipe import Recipe
+from component.flow.means import Means
 from component.format.linear import LowRankLinear
 from component.solve.moments import add_product
 from component.solve.reconstruction import exact_factors
@@ -38,10 +39,10 @@ def test_the_curve_is_the_error_of_the_solvers_truncation_seen_along_the_gradien
         tiny.rand(50, shape[0], seed=3),
     )
     gram, output_gram = inputs.T @ inputs, gradients.T @ gradients
-    curve = loss_curve(weight, gram, inputs, gradients, output_moment(output_gram, shrinkage))
+    curve = loss_curve(weight, gram, inputs=inputs, gradients=gradients, moment=output_moment(output_gram, shrinkage))
     left = None if shrinkage == 1 else output_weighting(output_gram, shrinkage)
     for rank in range(1, min(shape)):
-        u, v = exact_factors(weight, weight @ gram, gram, rank, WHITENING_DAMPING, left)
+        u, v = exact_factors(weight, weight @ gram, gram, rank=rank, damping=WHITENING_DAMPING, weighting=left)
         errors = ((weight - u @ v) @ inputs.T * gradients.T).sum(0)
         assert curve[rank].item() == pytest.approx(errors.square().mean().item() / 2, rel=1e-4)
     assert curve[-1] == 0
@@ -55,9 +56,9 @@ def test_moments_that_are_not_finite_are_refused_by_name(shape):
         kept = broken[0, 0].item()
         broken[0, 0] = float("inf")
         with pytest.raises(RunError, match="layer 3"):
-            loss_curve(weight, gram, inputs, gradients, moment, "layer 3")
+            loss_curve(weight, gram, inputs=inputs, gradients=gradients, moment=moment, what="layer 3")
         broken[0, 0] = kept
-    assert torch.isfinite(loss_curve(weight, gram, inputs, gradients, moment)).all()
+    assert torch.isfinite(loss_curve(weight, gram, inputs=inputs, gradients=gradients, moment=moment)).all()
 
 
 def test_weighted_truncation_loses_less_along_the_gradients_that_define_the_weighting():
@@ -65,8 +66,8 @@ def test_weighted_truncation_loses_less_along_the_gradients_that_define_the_weig
     weight, inputs = tiny.rand(12, 10, seed=1), tiny.rand(4000, 10, seed=2)
     gradients = tiny.rand(4000, 12, seed=3) * torch.logspace(0, 2, 12, dtype=torch.float64)
     gram, output_gram = inputs.T @ inputs, gradients.T @ gradients
-    plain = loss_curve(weight, gram, inputs, gradients, unweighted(weight))
-    weighted = loss_curve(weight, gram, inputs, gradients, output_moment(output_gram, 1e-6))
+    plain = loss_curve(weight, gram, inputs=inputs, gradients=gradients, moment=unweighted(weight))
+    weighted = loss_curve(weight, gram, inputs=inputs, gradients=gradients, moment=output_moment(output_gram, 1e-6))
     assert (weighted[2:8] < plain[2:8]).all()
 
 
@@ -202,7 +203,7 @@ def test_gradients_go_through_a_draft_and_weights_come_from_the_model(family):
         assert tiny.relative(sensitivity.output_gram, g.T @ g) < 1e-4
         assert tiny.relative(own[name].output_gram, g.T @ g) > 1e-2
         weight = model.get_submodule(name).weight
-        curve = loss_curve(weight, add_product(None, x, x), x, g, unweighted(weight))
+        curve = loss_curve(weight, add_product(None, x, x), inputs=x, gradients=g, moment=unweighted(weight))
         assert tiny.relative(sensitivity.loss_curves[0], curve) < 1e-3
     for name, expected in scores_by_hand(gradients, described).items():
         assert tiny.relative(scores[name].double(), expected) < 1e-4
@@ -217,7 +218,9 @@ def test_curves_are_evaluated_on_evenly_spaced_tokens_and_whitened_by_all(batch,
     for name, sensitivity in linears.items():
         g, x = gradients[name].flatten(0, 1), inputs[name]
         weight = model.get_submodule(name).weight
-        expected = loss_curve(weight, add_product(None, x, x), x[::stride], g[::stride], unweighted(weight))
+        expected = loss_curve(
+            weight, add_product(None, x, x), inputs=x[::stride], gradients=g[::stride], moment=unweighted(weight)
+        )
         assert tiny.relative(sensitivity.loss_curves[0], expected) < 1e-3
         assert tiny.relative(sensitivity.output_gram, g.T @ g) < 1e-4  # of all tokens
 
@@ -256,7 +259,7 @@ def test_small_profiles_keep_every_token(windows, thinning, monkeypatch):
     said = {"prune": "svd-llm", "allocation": "kl", "model": "m", "seed": 1, "profiling_mat_path": "profile"}
     options = Namespace(profile_nsamples=windows, **said)
     job = Namespace(options=options, windows=WINDOWS, identity={"weights": ""}, source=None)
-    profile_for(job, None, [], [Recipe(0.25, 0.5, None, 0.5, 0.3)], Means(CPU, 1, None))
+    profile_for(job, None, [], [Recipe(0.25, 0.5, None, 0.5, 0.3)], Means(CPU, None))
     assert [profiling.thinning for profiling in made] == [thinning]
 
 

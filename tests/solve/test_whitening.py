@@ -124,4 +124,4 @@ def test_scaled_factors_survive_dead_channels(dead):
 
 def test_scaled_factors_of_magnitudes_that_are_not_finite_are_refused():
     with pytest.raises(RunError, match=r"a\.q_proj"):
-        scaled_factors(rand(3, 2), torch.tensor([1.0, float("inf")]), 1, "a.q_proj")
+        scaled_factors(rand(3, 2), torch.tensor([1.0, float("inf")]), 1, what="a.q_proj")
