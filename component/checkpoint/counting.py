@@ -1,4 +1,4 @@
-"""What a checkpoint folder stores, counted from the headers of its shards."""
+"""Numbers, bytes and densities of a checkpoint folder, counted from the headers of its shards."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from typing import Any
 
 from safetensors import safe_open
 
+from component.checkpoint.entries import stored_shape
 from component.checkpoint.reading import INDEX
+from component.ranks.cost import PIVOTED, StorageFormat
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -72,3 +74,27 @@ def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:
             size += stored
     dense = sum(entry["in_features"] * entry["out_features"] for entry in layers.values())
     return Counts(linears, dense, model, size)
+
+
+def stored_as(entry: dict[str, Any], storage: StorageFormat) -> int:
+    """Numbers that a linear stores, or would store if its factors were in this form."""
+    if entry["kind"] in ("lowrank", "pifa"):
+        return storage.stored(entry["rank"], entry["out_features"], entry["in_features"])
+    return math.prod(stored_shape(entry))
+
+
+def densities(folder: Path, entries: dict[str, dict[str, Any]], *, ranks_paid_for: str, asked: float) -> dict[str, Any]:
+    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks.
+
+    ranks_paid_for: the form of storage whose density was asked for; asked: that density.
+    """
+    counts = count_numbers(folder, entries)
+    pivoted = sum(stored_as(entry, PIVOTED) for entry in entries.values())
+    return {
+        "density": counts.density,
+        "density_asked": asked,
+        "density_pivoted": pivoted / counts.dense_linears,
+        "density_model": counts.density_model,
+        "linear_mib": round(counts.linear_bytes / 2**20, 3),
+        "ranks_paid_for": ranks_paid_for,
+    }

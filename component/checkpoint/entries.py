@@ -1,20 +1,12 @@
-"""What a low-rank checkpoint folder holds: tensors of its shards, config, files beside them; and its densities."""
+"""The `layers` of a checkpoint's config: what each decoder linear is stored as."""
 
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from component.checkpoint.counting import count_numbers
-from component.format import integration
-from component.format.integration import FORMAT_VERSION, METHOD, made_of
+from component.format.integration import made_of
 from component.ranks.budget import Module, Plan
-from component.ranks.cost import PIVOTED, StorageFormat
 from utils.layers import DecoderLayer
 
 
@@ -30,18 +22,6 @@ def load_layer(
     layer.requires_grad_(False)
 
 
-def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor]:
-    """Embeddings, norms and head; a weight tied to another is stored once."""
-    layers = tuple(f"{layer.name}." for layer in described)
-    kept: dict[str, Tensor] = {}
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(layers)}
-    for name in sorted(tensors, key=lambda name: (name in tied, name)):
-        if not any(tensors[name].data_ptr() == tensor.data_ptr() for tensor in kept.values()):
-            kept[name] = tensors[name]
-    return kept
-
-
 def layer_entries(modules: Sequence[Module], plan: Plan) -> dict[str, dict[str, Any]]:
     """The `layers` of the quantization config."""
     entries: dict[str, dict[str, Any]] = {}
@@ -54,32 +34,6 @@ def layer_entries(modules: Sequence[Module], plan: Plan) -> dict[str, dict[str, 
             "out_features": module.d_out,
         }
     return entries
-
-
-def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """config.json: the family's own, plus the format and the file that loads it where this package is absent."""
-    config = json.loads(model.config.to_json_string(use_diff=True))
-    config.pop("_name_or_path", None)
-    config["architectures"] = [type(model).__name__]
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["auto_map"] = {"AutoConfig": "integration.AutoConfigWithPIFA"}
-    config["quantization_config"] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": entries}
-    return config
-
-
-def files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:
-    """Tokenizer, generation config and the loader, as files to copy."""
-    tokenizer.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-    return sorted(path for path in folder.iterdir() if path.is_file()) + loader_files()
-
-
-def loader_files() -> list[Path]:
-    """What a checkpoint carries so that transformers can load it where this package is absent."""
-    travels = Path(integration.__file__).parent
-    return sorted(path for path in travels.glob("*.py") if path.name != "__init__.py")
 
 
 def kept_of(entry: dict[str, Any]) -> int | None:
@@ -108,27 +62,3 @@ def stored_shape(entry: dict[str, Any]) -> tuple[int, int]:
     if entry["kind"] == "narrow_in":
         return rows, channels
     return entry.get("kept_out", rows), entry.get("kept_in", columns)
-
-
-def stored_as(entry: dict[str, Any], storage: StorageFormat) -> int:
-    """Numbers that a linear stores, or would store if its factors were in this form."""
-    if entry["kind"] in ("lowrank", "pifa"):
-        return storage.stored(entry["rank"], entry["out_features"], entry["in_features"])
-    return math.prod(stored_shape(entry))
-
-
-def densities(folder: Path, entries: dict[str, dict[str, Any]], ranks_paid_for: str, asked: float) -> dict[str, Any]:
-    """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks.
-
-    ranks_paid_for: the form of storage whose density was asked for.
-    """
-    counts = count_numbers(folder, entries)
-    pivoted = sum(stored_as(entry, PIVOTED) for entry in entries.values())
-    return {
-        "density": counts.density,
-        "density_asked": asked,
-        "density_pivoted": pivoted / counts.dense_linears,
-        "density_model": counts.density_model,
-        "linear_mib": round(counts.linear_bytes / 2**20, 3),
-        "ranks_paid_for": ranks_paid_for,
-    }

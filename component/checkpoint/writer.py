@@ -168,7 +168,7 @@ def check_target(folder: Path, flags_hash: str, resume: bool) -> None:
     if not folder.exists():
         return
     if not resume:
-        raise UsageError(f"{folder} exists and nothing is ever overwritten: --resume goes on with it, or move it away")
+        refuse_existing(folder, "--resume goes on with it, or move it away")
     if not (folder / MANIFEST).is_file():
         started = {LOCK, f".{MANIFEST}{PARTIAL}"}  # all that a run leaves that was killed before its first file
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - started:
@@ -176,6 +176,12 @@ def check_target(folder: Path, flags_hash: str, resume: bool) -> None:
         return
     if read_json(folder / MANIFEST).get("flags") != flags_hash:
         raise UsageError(f"{folder} was started with other flags, another model or other data: choose another --prefix")
+
+
+def refuse_existing(path: Path, advice: str) -> None:
+    """Raises: UsageError where `path` exists. advice: what to do then."""
+    if path.exists():
+        raise UsageError(f"{path} exists and nothing is ever overwritten: {advice}")
 
 
 def _remove_empty(folders: list[Path]) -> None:

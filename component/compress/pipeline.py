@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from component.checkpoint import reading as files
-from component.checkpoint.entries import densities, files_beside, folder_config, kind_of, load_layer, rest_of
+from component.checkpoint.carried import files_beside, folder_config, rest_of
+from component.checkpoint.counting import densities
+from component.checkpoint.entries import kind_of, load_layer
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.auto_planner import check_auto, planner_of
 from component.compress.channel_planner import check_narrow
@@ -175,7 +177,12 @@ def _compress(job: Job, writer: CheckpointWriter | None, watch: report.Stopwatch
             "profile_seconds": round(profiled - loaded, 3),
             "layer_seconds": layer_seconds,
             **watch.readings(),
-            **densities(folder, entries, "channels" if kind == "narrow" else storage_of(options).name, options.density),
+            **densities(
+                folder,
+                entries,
+                ranks_paid_for="channels" if kind == "narrow" else storage_of(options).name,
+                asked=options.density,
+            ),
             "kind": kind,
             "ranks": {module.name: plan[module.name] for module in modules},
             "device": report.device_name(device),

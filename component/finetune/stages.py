@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
 from component.checkpoint import reading as files
-from component.checkpoint.entries import densities
+from component.checkpoint.counting import densities
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter, check_target
 from component.compress.job import fingerprint
@@ -129,7 +129,7 @@ def run(options: Namespace) -> dict[str, Any]:
             },
             "losses": {stage: parts_of(curve) for stage, curve in curves.items()},
             **watch.readings(),
-            **densities(folder, source.layers, storage.name, source.record["density_asked"]),
+            **densities(folder, source.layers, ranks_paid_for=storage.name, asked=source.record["density_asked"]),
             "device": report.device_name(watch.device),
             "versions": report.versions(),
         }

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from component.checkpoint import reading as files
-from component.checkpoint.entries import densities, kept_of
+from component.checkpoint.counting import densities
+from component.checkpoint.entries import kept_of
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter, check_target
 from component.format.integration import FACTORS
@@ -106,7 +107,7 @@ def _convert(
         "dtype": dtype,
         "layer_seconds": layer_seconds,
         **watch.readings(),
-        **densities(folder, entries, storage.name, source.record["density_asked"]),
+        **densities(folder, entries, ranks_paid_for=storage.name, asked=source.record["density_asked"]),
         "ranks": {name: kept_of(entry) for name, entry in entries.items()},
         "device": report.device_name(device),
         "versions": report.versions(),

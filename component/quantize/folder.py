@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from component.checkpoint import reading as files
+from component.checkpoint.carried import loader_files
 from component.checkpoint.counting import count_numbers
-from component.checkpoint.entries import is_narrow, loader_files
+from component.checkpoint.entries import is_narrow
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter, check_target
 from component.quantize import packing

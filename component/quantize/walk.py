@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from component.checkpoint import reading as files
-from component.checkpoint.entries import rest_of
+from component.checkpoint.carried import rest_of
 from component.checkpoint.writer import CheckpointWriter
 from component.flow.lockstep import lockstep
 from component.format import integration

@@ -24,7 +24,7 @@ from component.channels.influence import block_influence, read_influence, write_
 from component.channels.influence import run as run_bi
 from component.channels.narrowing import Narrowing, narrow_entries, narrow_plan
 from component.channels.parts import parts_of
-from component.checkpoint.entries import stored_as
+from component.checkpoint.counting import stored_as
 from component.flow.means import Flows, Means
 from component.flow.modules import modules_of
 from component.flow.streaming import Compression, compress_layers

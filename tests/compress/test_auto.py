@@ -23,7 +23,8 @@ from component.channels.by_output import (
 from component.channels.flatllm import absorb_bases, compensated
 from component.channels.mixing import Mixing
 from component.channels.parts import parts_of
-from component.checkpoint.entries import kind_of, stored_as
+from component.checkpoint.counting import stored_as
+from component.checkpoint.entries import kind_of
 from component.compress.auto_planner import FORMS, MIXED
 from component.compress.profile import Profiling, profile_layers
 from component.flow.means import Flows, Means

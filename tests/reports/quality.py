@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import PIFA
-from component.checkpoint.entries import stored_as
+from component.checkpoint.counting import stored_as
 from component.compress.auto_planner import planner_of
 from component.compress.factor_planner import recipe_of, storage_of
 from component.compress.job import Job, prepare
