@@ -5,6 +5,8 @@ from typing import Any
 
 from component.modes import shared
 from component.modes.parser import Flag, Options
+from component.modes.request import request_of
+from component.pivot.settings import Settings
 
 SUMMARY = "Turn low-rank factors into pivots and coefficients: smaller and faster, the same function."
 FLAGS = (
@@ -26,7 +28,12 @@ def check(options: Options) -> None:
         shared.check_subject(options)
 
 
-def run(options: Options) -> dict[str, Any]:
-    from component.pivot.shards import run as engine
+def settings_of(options: Options) -> Settings:
+    return Settings(request=request_of(options, prefix=""), fold=options.fold)
 
-    return engine(options)
+
+def run(options: Options) -> dict[str, Any]:
+    """Pivot the checkpoint at --model_path; returns the result record."""
+    from component.pivot.folder import pivot_folder
+
+    return pivot_folder(settings_of(options))

@@ -5,7 +5,9 @@ from typing import Any
 
 from component.modes import shared
 from component.modes.parser import Flag, Options, from_zero
+from component.modes.request import request_of
 from component.quantize.names import BITS, METHODS
+from component.quantize.settings import Settings
 from utils.errors import UsageError
 
 SUMMARY = "Store the factors of a checkpoint as integers."
@@ -60,7 +62,27 @@ def check(options: Options) -> None:
         shared.check_subject(options)
 
 
-def run(options: Options) -> dict[str, Any]:
-    from component.quantize.folder import run as engine
+def settings_of(options: Options) -> Settings:
+    return Settings(
+        request=request_of(options, prefix=options.prefix),
+        method=options.quantize_method,
+        bits=options.bits,
+        group_size=options.group_size,
+        act_order=options.act_order,
+        old_output_factor=options.old_output_factor,
+        drift_factor=options.drift_factor,
+        integer_share=options.integer_share,
+        dataset=options.dataset[0] if options.dataset else None,
+        heldout_nsamples=options.heldout_nsamples,
+        reconstruct_nsamples=options.reconstruct_nsamples,
+        model_seq_len=options.model_seq_len,
+        seed=options.seed,
+        host_memory=options.host_memory,
+    )
 
-    return engine(options)
+
+def run(options: Options) -> dict[str, Any]:
+    """Quantize the checkpoint at --model_path; returns the result record."""
+    from component.quantize.folder import quantize_folder
+
+    return quantize_folder(settings_of(options))

@@ -15,12 +15,12 @@ from component.format.linear import LowRankLinear, PIFALinear
 from utils.errors import RunError
 from utils.junctions import Junction, LayerProbe
 
-Linear = nn.Linear | LowRankLinear | PIFALinear
+AnyLinear = nn.Linear | LowRankLinear | PIFALinear
 
 TOLERANCE = 1e-7  # relative, in float64: pivoting drops directions below 1e-10
 
 
-def fold(junction: Junction, layers: Mapping[str, Linear]) -> None:
+def fold(junction: Junction, layers: Mapping[str, AnyLinear]) -> None:
     """Put the channels at a junction into pivot order, in place.
 
     The order is that of the pivoted producer with the highest rank. Every producer follows: rows of a dense or
@@ -39,7 +39,7 @@ def fold(junction: Junction, layers: Mapping[str, Linear]) -> None:
 
 
 @torch.no_grad()
-def permute_outputs(layer: Linear, order: Tensor) -> None:
+def permute_outputs(layer: AnyLinear, order: Tensor) -> None:
     """Output j becomes what output order[j] was."""
     if isinstance(layer, PIFALinear):
         layer.perm.copy_(layer.perm[order])
@@ -51,13 +51,15 @@ def permute_outputs(layer: Linear, order: Tensor) -> None:
 
 
 @torch.no_grad()
-def permute_inputs(layer: Linear, order: Tensor) -> None:
+def permute_inputs(layer: AnyLinear, order: Tensor) -> None:
     """Input j is taken to be what input order[j] was."""
     first = layer.pivot if isinstance(layer, PIFALinear) else layer.v if isinstance(layer, LowRankLinear) else layer
     first.weight.copy_(first.weight[:, order])
 
 
-def verify(probe: LayerProbe, junction: Junction, before: Mapping[str, Linear], after: Mapping[str, Linear]) -> None:
+def verify(
+    probe: LayerProbe, junction: Junction, *, before: Mapping[str, AnyLinear], after: Mapping[str, AnyLinear]
+) -> None:
     """Run the layer in float64 with the linears of the junction as they were and as they are.
 
     Raises: RunError where the consumer's outputs differ by more than pivoting's rounding.

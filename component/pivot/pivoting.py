@@ -46,16 +46,17 @@ def pivot(u: Tensor, v: Tensor, what: str = "module") -> Pivots:
     u, v = _in_double(u, v, what)
     rows, coefficients = _lu_rows(u.float())
     if _largest(coefficients) < HOPELESS_IN_FLOAT32:
-        pivots = _improved(u, v, rows, coefficients, LARGEST_IN_FLOAT32, what)
+        pivots = _improved(u, v, rows, coefficients=coefficients, limit=LARGEST_IN_FLOAT32, what=what)
         if _largest(pivots.coefficients) <= LARGEST_COEFFICIENT and surely_full_rank(pivots):
             return pivots
     u, v = _full_rank(u, v, what)
-    return _improved(u, v, *_lu_rows(u), LARGEST_COEFFICIENT, what)
+    rows, coefficients = _lu_rows(u)
+    return _improved(u, v, rows, coefficients=coefficients, limit=LARGEST_COEFFICIENT, what=what)
 
 
-def _improved(u: Tensor, v: Tensor, rows: Tensor, coefficients: Tensor, limit: float, what: str) -> Pivots:
-    rows = _swap(rows, [coefficients], limit, what)
-    return _pivots_of(u, v, rows, _stretches([u.shape[1]], len(u)))
+def _improved(u: Tensor, v: Tensor, rows: Tensor, *, coefficients: Tensor, limit: float, what: str) -> Pivots:
+    rows = _swap(rows, [coefficients], limit=limit, what=what)
+    return _pivots_of(u, v, rows, stretches=_stretches([u.shape[1]], len(u)))
 
 
 def pivot_together(factors: Sequence[tuple[Tensor, Tensor]], names: Sequence[str]) -> list[Pivots]:
@@ -90,8 +91,8 @@ def _in_common(pairs: list[tuple[Tensor, Tensor]], names: Sequence[str]) -> list
     coefficients = [coefficients_of(u, rows) for u in us]
     if not all(_largest(c) < HOPELESS for c in coefficients):
         return None
-    rows = _swap(rows, coefficients, LARGEST_COEFFICIENT, " and ".join(names))
-    together = [_pivots_of(u, v, rows, _stretches(ranks, len(rows))) for u, v in pairs]
+    rows = _swap(rows, coefficients, limit=LARGEST_COEFFICIENT, what=" and ".join(names))
+    together = [_pivots_of(u, v, rows, stretches=_stretches(ranks, len(rows))) for u, v in pairs]
     good = all(_largest(p.coefficients) <= LARGEST_SHARED_COEFFICIENT for p in together)
     return together if good else None
 
@@ -198,7 +199,7 @@ def _stretches(ranks: list[int], count: int) -> list[tuple[int, int]]:
     return list(pairwise(sorted({0, *ranks, count})))
 
 
-def _swap(rows: Tensor, coefficients: list[Tensor], limit: float, what: str) -> Tensor:
+def _swap(rows: Tensor, coefficients: list[Tensor], *, limit: float, what: str) -> Tensor:
     """Exchange a pivot with another row while that multiplies the product of the determinants of all u[I] by more
     than the limit (maxvol); returns the rows. Changes `coefficients` in place.
     """
@@ -248,7 +249,7 @@ def exchange(coefficients: Tensor, low: int, high: int) -> None:
         coefficients[i, j] = 1 / peak
 
 
-def _pivots_of(u: Tensor, v: Tensor, rows: Tensor, stretches: list[tuple[int, int]]) -> Pivots:
+def _pivots_of(u: Tensor, v: Tensor, rows: Tensor, *, stretches: list[tuple[int, int]]) -> Pivots:
     """Sort the rows within each part of the order; solve afresh, as swaps have added rounding to what they ran on."""
     rows = torch.cat([rows[start:stop].sort().values for start, stop in stretches])
     perm = torch.empty_like(rows)

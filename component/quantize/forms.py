@@ -13,7 +13,7 @@ from component.format.packed import PackedLinear
 from component.quantize.gptq import Grid
 
 # both factors at the bits asked for; the one applied last in WIDE bits; the product of both
-FACTORS, WIDE_OUTER, MATRIX = "factors", "wide_outer", "matrix"
+FACTORED, WIDE_OUTER, MATRIX = "factors", "wide_outer", "matrix"
 WIDE = 8
 
 
@@ -49,5 +49,5 @@ def chosen(modules: Mapping[str, Sequence[Form]], limit: int) -> dict[str, str]:
 
 def packed_bytes(rows: int, columns: int, grid: Grid) -> int:
     """Of a matrix as packed.py stores it: codes, zeros, scales and its shape."""
-    layer = PackedLinear(columns, rows, grid.bits, grid.group_size, device="meta")
+    layer = PackedLinear(columns, rows, bits=grid.bits, group_size=grid.group_size, device="meta")
     return sum(tensor.nbytes for tensor in layer.buffers())

@@ -13,7 +13,6 @@ from torch import Tensor
 from component.solve.linalg import damped_cholesky, raised_diagonal
 from utils.errors import RunError
 
-METHODS = ("gptq", "rtn")
 DAMPING = 0.01  # of the Hessian, in its mean diagonal
 METRIC_DAMPING = 1e-6  # of the mean diagonal: a second factor may lack directions
 ROUNDS = 8  # of rows; after each the others make up for its errors
@@ -58,10 +57,10 @@ def round_to_nearest(weight: Tensor, grid: Grid, what: str) -> Quantized:
     weight = weight.double()
     scales, zeros = _grids(weight, grid, what)
     scale, zero = (_by_column(t, grid.group_size, weight.shape[1]) for t in (scales, zeros))
-    return Quantized(_codes(weight, scale, zero, grid.bits).byte(), scales.half(), zeros.byte())
+    return Quantized(_codes(weight, scale, zero, bits=grid.bits).byte(), scales.half(), zeros.byte())
 
 
-def gptq(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Quantized:
+def gptq(weight: Tensor, feedback: Feedback, grid: Grid, *, what: str) -> Quantized:
     """Column by column, each one's rounding error made up for by the columns that are still to come.
 
     Lowers tr(E H E^T), E the error of the weights and H what `feedback` is of. weight: (m, n). With act_order scales
@@ -84,7 +83,7 @@ def gptq(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Quantized
                 scales[:, group], zeros[:, group] = _fitted(part[:, offset : offset + group_size], bits, what)
             scale, zero = scales[:, group], zeros[:, group]
             column, row = part[:, offset], factor[start + offset, start:end]
-            code = _codes(column, scale, zero, bits)
+            code = _codes(column, scale, zero, bits=bits)
             errors[:, offset] = (column - scale * (code - zero)) / row[offset]
             part[:, offset:] -= errors[:, offset, None] * row[offset:]
             codes[:, number] = code
@@ -92,7 +91,7 @@ def gptq(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Quantized
     return Quantized(codes.byte(), scales.half(), zeros.byte())
 
 
-def gptq_together(weight: Tensor, feedback: Feedback, metric: Tensor, grid: Grid, what: str) -> Quantized:
+def gptq_together(weight: Tensor, feedback: Feedback, metric: Tensor, *, grid: Grid, what: str) -> Quantized:
     """GPTQ of rows whose errors meet again, as those of a first factor do in the second: lowers tr(M E H E^T).
 
     An eighth of the rows at a time are quantized as by `gptq`, and those still to come make up for their errors as the
@@ -107,7 +106,7 @@ def gptq_together(weight: Tensor, feedback: Feedback, metric: Tensor, grid: Grid
     size = max(1, -(-len(order) // ROUNDS))
     for start in range(0, len(order), size):
         now, rest = order[start : start + size], order[start + size :]
-        parts.append(gptq(left[now], feedback, grid, what))
+        parts.append(gptq(left[now], feedback, grid, what=what))
         errors = parts[-1].dequantized(grid.group_size) - left[now]
         if len(rest):
             left[rest] -= torch.linalg.solve(metric[rest][:, rest], metric[rest][:, now] @ errors)
@@ -115,7 +114,7 @@ def gptq_together(weight: Tensor, feedback: Feedback, metric: Tensor, grid: Grid
     return Quantized(*(torch.cat(tensors)[back] for tensors in zip(*parts, strict=True)))
 
 
-def expected_losses(weight: Tensor, feedback: Feedback, grid: Grid, what: str) -> Tensor:
+def expected_losses(weight: Tensor, feedback: Feedback, grid: Grid, *, what: str) -> Tensor:
     """What `gptq` is to leave of tr(E H E^T), for every row: (m,) float64, the damping of H included.
 
     The rounding error of a column, before those behind it make up for it, is uniform over a step of the grid: s^2 / 12
@@ -174,5 +173,5 @@ def _fitted(group: Tensor, bits: int, what: str) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
 
 
-def _codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def _codes(weight: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
     return (weight / scale + zero).round().clamp(0, 2**bits - 1)

@@ -26,6 +26,7 @@ def round_product(
     inner: Tensor,
     outer: Tensor,
     target: Tensor,
+    *,
     gram: Tensor,
     feedback: Feedback,
     grids: tuple[Grid, Grid],
@@ -44,23 +45,24 @@ def round_product(
     """
     inner, outer, rank = inner.double(), outer.double(), len(inner)
     identity = torch.eye(rank if pivots else 0, rank, dtype=outer.dtype, device=outer.device)
-    found: list[tuple[float, Quantized, Quantized]] = []
+    sweeps: list[tuple[float, Quantized, Quantized]] = []
     for _ in range(SWEEPS[grids[1].bits]):
         whole = torch.cat([identity, outer])
-        moved = refit_inner(inner, whole, target, gram, what)
-        first = gptq_together(moved, feedback, whole.T @ whole, grids[0], f"{what}, first factor")
+        moved = refit_inner(inner, whole, target, gram=gram, what=what)
+        named = f"{what}, first factor"
+        first = gptq_together(moved, feedback, whole.T @ whole, grid=grids[0], what=named)
         rounded = first.dequantized(grids[0].group_size)
-        outer = refit_outer(outer, rounded, target[len(identity) :], gram, what)
+        outer = refit_outer(outer, rounded, target[len(identity) :], gram=gram, what=what)
         behind = feedback_of(rounded @ gram @ rounded.T, grids[1].act_order, what)
-        second = gptq(outer, behind, grids[1], f"{what}, second factor")
+        second = gptq(outer, behind, grids[1], what=f"{what}, second factor")
         outer = second.dequantized(grids[1].group_size)
         product = torch.cat([rounded, outer @ rounded]) if pivots else outer @ rounded
-        found.append((((product @ gram - 2 * target) * product).sum().item(), first, second))
-    _, first, second = min(found, key=lambda sweep: sweep[0])
+        sweeps.append((((product @ gram - 2 * target) * product).sum().item(), first, second))
+    _, first, second = min(sweeps, key=lambda sweep: sweep[0])
     return first, second
 
 
-def refit_inner(inner: Tensor, whole: Tensor, target: Tensor, gram: Tensor, what: str) -> Tensor:
+def refit_inner(inner: Tensor, whole: Tensor, target: Tensor, *, gram: Tensor, what: str) -> Tensor:
     """The P' least in |O P' X - Y|^2 + mu |O (P' - P)|^2, with the ridge of exact M: (r, n).
 
     inner: P; whole: O (d_out, r); target: Y X^T (d_out, n).
@@ -71,7 +73,7 @@ def refit_inner(inner: Tensor, whole: Tensor, target: Tensor, gram: Tensor, what
     return inner + solve_right(torch.cholesky_solve(missing, metric), inputs)
 
 
-def refit_outer(outer: Tensor, rounded: Tensor, target: Tensor, gram: Tensor, what: str) -> Tensor:
+def refit_outer(outer: Tensor, rounded: Tensor, target: Tensor, *, gram: Tensor, what: str) -> Tensor:
     """The C' least in |C' Q X - Y|^2 + mu |C' - C|^2, with Q: (r, n) `rounded` and mu the damping of Q X X^T Q^T.
 
     outer: C (m, r); target: Y X^T (m, n).
@@ -81,7 +83,7 @@ def refit_outer(outer: Tensor, rounded: Tensor, target: Tensor, gram: Tensor, wh
     return outer + solve_right(target @ rounded.T - outer @ hessian, factor)
 
 
-def refit(weight: Tensor, target: Tensor, gram: Tensor, what: str) -> Tensor:
+def refit(weight: Tensor, target: Tensor, gram: Tensor, *, what: str) -> Tensor:
     """The W' least in |W' X - Y|^2 + mu |W' - W|^2, with the ridge of exact M. weight: (m, n); target: Y X^T."""
     weight = weight.double()
     factor, _ = damped_cholesky(gram, EXACT_DAMPING, what)
@@ -91,6 +93,7 @@ def refit(weight: Tensor, target: Tensor, gram: Tensor, what: str) -> Tensor:
 def expected_loss(
     inner: Tensor,
     outer: Tensor,
+    *,
     gram: Tensor,
     feedback: Feedback,
     grids: tuple[Grid, Grid],
@@ -103,6 +106,6 @@ def expected_loss(
     # of every row's error, what the rows behind it can't make up for
     order, factor = feedback_of(metric, True, what)
     counts = factor.diagonal()[order.argsort()].square().reciprocal()
-    first = expected_losses(inner, feedback, grids[0], what) @ counts
+    first = expected_losses(inner, feedback, grids[0], what=what) @ counts
     behind = feedback_of(inner @ gram @ inner.T, grids[1].act_order, what)
-    return (first + expected_losses(outer, behind, grids[1], what).sum()).item()
+    return (first + expected_losses(outer, behind, grids[1], what=what).sum()).item()

@@ -30,9 +30,9 @@ def logits(model):
 def test_the_folder_is_the_model_in_memory(source, method, dtype, arguments, request, tmp_path, monkeypatch):
     kept, inner = [], quantize.quantize_model
 
-    def keep(model, *rest):
-        kept.append(model)
-        inner(model, *rest)
+    def keep(walk, *rest, **more):
+        kept.append(walk.model)
+        inner(walk, *rest, **more)
 
     monkeypatch.setattr(quantize, "quantize_model", keep)
     folder = request.getfixturevalue(source)

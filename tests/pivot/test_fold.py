@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import component.pivot.shards
 import PIFA
 from component.format.linear import LowRankLinear, PIFALinear, PivotOrderLinear
+from component.modes import pifa
 from component.pivot.fold import permute_inputs, permute_outputs, verify
 from component.pivot.pivoting import pivot
 from component.pivot.shards import foldable, note_entries, pivot_tensors
@@ -160,7 +160,7 @@ def pivoted(layers: dict[str, nn.Module], probe) -> tuple[dict[str, nn.Module], 
     """What --mode pifa makes of these linears, in float64, and their entries in the config."""
     entries = {name: {"kind": "lowrank" if isinstance(m, LowRankLinear) else "dense"} for name, m in layers.items()}
     tensors = {f"{name}.{key}": t for name, layer in layers.items() for key, t in layer.state_dict().items()}
-    stored = pivot_tensors(tensors, entries, torch.device("cpu"), torch.float64, probe)
+    stored = pivot_tensors(tensors, entries, device=torch.device("cpu"), dtype=torch.float64, probe=probe)
     note_entries(entries, stored, foldable(probe, entries))
     return {name: rebuilt(stored, name) for name in layers}, entries
 
@@ -242,7 +242,7 @@ def test_a_wrong_fold_is_found(probe):
     after, _ = pivoted(layers, probe)
     permute_inputs(after[JUNCTION.consumer], torch.arange(CHANNELS).roll(1))
     with pytest.raises(RunError, match="down_proj changed its output by"):
-        verify(probe, JUNCTION, layers, after)
+        verify(probe, JUNCTION, before=layers, after=after)
 
 
 # ---------------------------------------------------------------- the folder
@@ -256,7 +256,7 @@ def options_for(argv: list[str], fold: bool):
 
 def fold_checkpoint(arguments, source: Path, parent: Path, **changes) -> Path:
     argv = arguments("pifa", model_path=source, save_path=parent, **changes)
-    return Path(component.pivot.shards.run(options_for(argv, fold=True))["path"])
+    return Path(pifa.run(options_for(argv, fold=True))["path"])
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ def test_gptq_loses_less_than_rounding_to_nearest(bits, group_size, act_order):
     grid = Grid(bits, group_size, act_order)
     by_itself = loss(round_to_nearest(weight, grid, "w"), weight, hessian, group_size)
     feedback = feedback_of(hessian, act_order, "w")
-    found = loss(gptq(weight, feedback, grid, "w"), weight, hessian, group_size)
+    found = loss(gptq(weight, feedback, grid, what="w"), weight, hessian, group_size)
     assert found < 0.8 * by_itself
-    expected = expected_losses(weight, feedback, grid, "w")
+    expected = expected_losses(weight, feedback, grid, what="w")
     assert expected.shape == (24,) and 0.67 < expected.sum() / found < 1.5  # some weights leave their grid on the way
 
 
@@ -41,7 +41,7 @@ def test_what_is_on_a_grid_already_stays(act_order):
     given = Quantized(codes.byte(), 2.0 ** torch.randint(-9, 0, (12, 5), generator=draw).half(), torch.full((12, 5), 7))
     weight, grid = given.dequantized(8), Grid(4, 8, act_order)
     for found in (
-        gptq(weight, feedback_of(correlated(40), act_order, "w"), grid, "w"),
+        gptq(weight, feedback_of(correlated(40), act_order, "w"), grid, what="w"),
         round_to_nearest(weight, grid, "w"),
     ):
         assert torch.equal(found.codes, given.codes)
@@ -58,11 +58,11 @@ def test_rows_make_up_for_each_other_in_a_metric():
         e = outer @ (found.dequantized(8) - inner)
         return torch.trace(e @ hessian @ e.T)
 
-    alone = gptq(inner, feedback, Grid(4, 8), "w")
-    assert error(gptq_together(inner, feedback, metric, Grid(4, 8), "w")) < 0.6 * error(alone)
-    same = gptq_together(inner, feedback, torch.eye(48), Grid(4, 8), "w")
+    alone = gptq(inner, feedback, Grid(4, 8), what="w")
+    assert error(gptq_together(inner, feedback, metric, grid=Grid(4, 8), what="w")) < 0.6 * error(alone)
+    same = gptq_together(inner, feedback, torch.eye(48), grid=Grid(4, 8), what="w")
     assert all(torch.equal(a, b) for a, b in zip(same, alone, strict=True))
-    lacking = gptq_together(inner, feedback, metric - torch.eye(48), Grid(4, 8), "w")
+    lacking = gptq_together(inner, feedback, metric - torch.eye(48), grid=Grid(4, 8), what="w")
     assert error(lacking).isfinite() and lacking.codes.shape == inner.shape
 
 
@@ -77,16 +77,19 @@ def test_refits_are_least_squares_solutions_with_a_ridge():
     weight = outer @ inner
     target = (weight + 0.3 * tiny.rand(20, 24, seed=7)) @ gram
     for found in (
-        refit(weight, target, gram, "w"),
-        refit_outer(outer, inner, target, gram, "w") @ inner,
-        outer @ refit_inner(inner, outer, target, gram, "w"),
+        refit(weight, target, gram, what="w"),
+        refit_outer(outer, inner, target, gram=gram, what="w") @ inner,
+        outer @ refit_inner(inner, outer, target, gram=gram, what="w"),
     ):
         assert excess(found, weight, target, gram) < 0
-    best = refit(weight, target, gram, "w")
+    best = refit(weight, target, gram, what="w")
     for seed in range(5):
         step = 0.01 * tiny.rand(20, 24, seed=seed)
         assert excess(best + step, best, target, gram) > -1e-3 * excess(weight, best, target, gram)
-    unmoved = refit_inner(inner, outer, weight @ gram, gram, "w"), refit_outer(outer, inner, weight @ gram, gram, "w")
+    unmoved = (
+        refit_inner(inner, outer, weight @ gram, gram=gram, what="w"),
+        refit_outer(outer, inner, weight @ gram, gram=gram, what="w"),
+    )
     assert tiny.relative(unmoved[0], inner) < 1e-10 and tiny.relative(unmoved[1], outer) < 1e-10
 
 
@@ -101,16 +104,18 @@ def test_factors_rounded_for_each_other_lose_less(pivots):
         return excess(torch.cat([rounded, other @ rounded]) if pivots else other @ rounded, weight, weight @ gram, gram)
 
     alone = error(
-        gptq(inner, feedback, grid, "p"), gptq(outer, feedback_of(inner @ gram @ inner.T, True, "c"), grid, "c")
+        gptq(inner, feedback, grid, what="p"),
+        gptq(outer, feedback_of(inner @ gram @ inner.T, True, "c"), grid, what="c"),
     )
-    together = error(*round_product(inner, outer, weight @ gram, gram, feedback, (grid, grid), "w", pivots))
+    seen = {"gram": gram, "feedback": feedback, "what": "w", "pivots": pivots}
+    together = error(*round_product(inner, outer, weight @ gram, grids=(grid, grid), **seen))
     assert together < 0.8 * alone
-    expected = expected_loss(inner, outer, gram, feedback, (grid, grid), "w", pivots)
+    expected = expected_loss(inner, outer, grids=(grid, grid), **seen)
     assert 0.5 * expected < together < 1.5 * expected
     wide = grid, Grid(8, 16)
-    better = error(*round_product(inner, outer, weight @ gram, gram, feedback, wide, "w", pivots))
+    better = error(*round_product(inner, outer, weight @ gram, grids=wide, **seen))
     assert better < 0.5 * together
-    expected = expected_loss(inner, outer, gram, feedback, wide, "w", pivots)
+    expected = expected_loss(inner, outer, grids=wide, **seen)
     assert 0.5 * expected < better < 1.5 * expected
 
 
@@ -120,11 +125,11 @@ def test_coefficients_of_no_rows_are_rounded_too():
         inner,
         torch.empty(0, 16),
         inner @ gram,
-        gram,
-        feedback_of(gram, True, "w"),
-        (Grid(4, 16), Grid(4, 16)),
-        "w",
-        True,
+        gram=gram,
+        feedback=feedback_of(gram, True, "w"),
+        grids=(Grid(4, 16), Grid(4, 16)),
+        what="w",
+        pivots=True,
     )
     assert first.codes.shape == (16, 48) and second.codes.shape == (0, 16)
 
