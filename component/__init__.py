@@ -1,4 +1,4 @@
-"""Low-rank and pivoted linears for Hugging Face models. Importing it teaches transformers to load checkpoints.
+"""Compress Hugging Face models into low-rank and pivoted linears. Importing it teaches transformers the format.
 
 Nothing heavy is imported before it is asked for: the names below on their first use, and the format as soon as
 transformers is there to learn it.
@@ -10,15 +10,30 @@ from typing import TYPE_CHECKING, Any
 from utils.late_imports import once_imported
 
 if TYPE_CHECKING:
+    from component.api import compress_model, judge_model, pivot_model, plan_compression, save_model
     from component.format.integration import PIFAConfig
     from component.format.linear import LowRankLinear, PIFALinear
 
-__all__ = ["LowRankLinear", "PIFAConfig", "PIFALinear"]
+__all__ = [
+    "LowRankLinear",
+    "PIFAConfig",
+    "PIFALinear",
+    "compress_model",
+    "judge_model",
+    "pivot_model",
+    "plan_compression",
+    "save_model",
+]
 
 _HOME = {
     "LowRankLinear": "component.format.linear",
     "PIFAConfig": "component.format.integration",
     "PIFALinear": "component.format.linear",
+    "compress_model": "component.api",
+    "judge_model": "component.api",
+    "pivot_model": "component.api",
+    "plan_compression": "component.api",
+    "save_model": "component.api",
 }
 
 

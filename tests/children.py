@@ -14,7 +14,7 @@ import PIFA
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["component.compress.pipeline", "component.pivot.folder", "transformers.models.llama", "tests.children"]
+    ["component.compress.folder", "component.pivot.folder", "transformers.models.llama", "tests.children"]
 )
 # what Python announces before it does it to a file
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate")

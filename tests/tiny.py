@@ -12,6 +12,9 @@ from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import PIFA
+from component.compress.settings import Settings
+from component.modes import m
 from utils.whole_files import sha256
 
 BYTES = 256
@@ -110,6 +113,11 @@ def flags(mode: str, **options: Any) -> list[str]:
         values = value if isinstance(value, list) else [] if value is True else [value]
         argv += [f"--{name}", *map(str, values)]
     return argv
+
+
+def settings(**options: Any) -> Settings:
+    """Those of --mode m on a CPU with these flags."""
+    return m.settings_of(PIFA.parse(flags("m", **{"DEV": "cpu", **options})))
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:

@@ -7,17 +7,17 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
 from utils.errors import UsageError
+from utils.names import DATASETS
 
 log = logging.getLogger("pifa")
 
-NAMED = ("wikitext2", "ptb", "c4", "alpaca", "pydoc")
 DEFAULT = "wikitext2"
 OFFLINE_DEFAULT = "pydoc"
 PYDOC_EVALUATION_SHARE = 0.1
@@ -36,9 +36,9 @@ class Text:
 def read_text(dataset: str | None, split: str, c4_rows: int | None = None) -> Text:
     """The text of --dataset: `split` is "train" for calibration, "test" for evaluation.
 
-    dataset: a name of NAMED or a path (.txt, .jsonl, .parquet, or a folder saved by `datasets`), which serves whole
-    for both splits. None means the default, and the offline default where the hub is out of reach. c4_rows: how many
-    of C4's rows to read, where C4_ROWS are not enough.
+    dataset: a name of DATASETS (utils/names.py) or a path (.txt, .jsonl, .parquet, or a folder saved by `datasets`),
+    which serves whole for both splits. None means the default, and the offline default where the hub is out of reach.
+    c4_rows: how many of C4's rows to read, where C4_ROWS are not enough.
 
     Raises: UsageError for an unknown name, an unreadable path, or a named set that can't be had.
     """
@@ -49,7 +49,7 @@ def read_text(dataset: str | None, split: str, c4_rows: int | None = None) -> Te
         return read_text(OFFLINE_DEFAULT, split)
     if dataset == "pydoc":
         return Text("pydoc", _pydoc(split))
-    if dataset in NAMED:
+    if dataset in DATASETS:
         if not (hub_reachable() or _cached(dataset)):
             raise UsageError(
                 f"--dataset {dataset} is not cached and the hub can't be reached; give a local file, or pydoc"
@@ -59,12 +59,6 @@ def read_text(dataset: str | None, split: str, c4_rows: int | None = None) -> Te
         return Text(dataset, _read_path(Path(dataset)))
     except (OSError, ValueError) as error:  # no UTF-8, no parquet
         raise UsageError(f"cannot read {dataset}: {error}") from error
-
-
-def check_name(dataset: str | None) -> None:
-    """Raises: UsageError where --dataset is neither a known name nor a path that exists."""
-    if dataset is not None and dataset not in NAMED and not Path(dataset).exists():
-        raise UsageError(f"unknown dataset {dataset}: use one of {', '.join(NAMED)}, or a path that exists")
 
 
 def _pydoc(split: str) -> str:
@@ -217,7 +211,7 @@ def hold_out(tokens: Tensor, count: int, length: int) -> tuple[Tensor, Tensor]:
     return tokens[:cut], tokens[cut:].reshape(kept, length)
 
 
-def random_windows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+def random_windows(tokens: Tensor, count: int, length: int, *, seed: int) -> Tensor:
     """count windows at random starts, with replacement: (count, length).
 
     Raises: UsageError where the text is shorter than one window.
@@ -240,3 +234,23 @@ def consecutive_windows(tokens: Tensor, length: int, limit: int | None = None) -
         raise UsageError(f"the text has {len(tokens)} tokens, too few for a window of {length}: lower --model_seq_len")
     count = min(count, limit) if limit else count
     return tokens[: count * length].reshape(count, length)
+
+
+class CalibrationWindows(NamedTuple):
+    """Windows of the text of that name, (count, length) int64 each: for calibration, and the last ones of the text."""
+
+    dataset: str
+    windows: Tensor
+    held_out: Tensor
+
+
+def calibration_windows(
+    tokenizer, dataset: str | None, *, count: int, length: int, seed: int, held_out: int
+) -> CalibrationWindows:
+    """Random windows of a text's calibration split, after `held_out` windows have been cut off its end.
+
+    Raises: UsageError where the text can't be had or is shorter than one window.
+    """
+    text = read_text(dataset, "train")
+    before, last = hold_out(tokenize(tokenizer, text.text), held_out, length)
+    return CalibrationWindows(text.name, random_windows(before, count, length, seed=seed), last)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from utils.errors import UsageError
 from utils.gguf_file import Header, is_llama, llama_config, read_header
 from utils.gguf_weights import load_llama
 from utils.sources import Source, find_source  # noqa: F401
+from utils.whole_files import sha256
 
-DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
+DTYPES = {name: getattr(torch, name) for name in names.DTYPE_NAMES}
 
 
 def load_config(source: Source) -> transformers.PretrainedConfig:
@@ -80,6 +82,14 @@ def load_tokenizer(source: Source):
             # what AutoTokenizer comes to, after reading the vocabulary once more for a config
             return transformers.PreTrainedTokenizerFast.from_pretrained(source.location, **source.arguments)
         return transformers.AutoTokenizer.from_pretrained(source.location, **source.arguments)
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """Names and sizes of a local model's files, so that a changed one is noticed; a hub model has its revision."""
+    folder = Path(source.location)
+    if source.gguf_file:
+        return {source.gguf_file: sha256(folder / source.gguf_file)}
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

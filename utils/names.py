@@ -1,3 +1,14 @@
-"""Names that flags take: plain values, for the parser."""
+"""Names that flags take, for the parser: importing them loads no library."""
 
-DTYPES = ("float32", "float16", "bfloat16")
+from pathlib import Path
+
+from utils.errors import UsageError
+
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+DATASETS = ("wikitext2", "ptb", "c4", "alpaca", "pydoc")  # that --dataset knows by name
+
+
+def check_dataset(dataset: str | None) -> None:
+    """Raises: UsageError where --dataset is neither a known name nor a path that exists."""
+    if dataset is not None and dataset not in DATASETS and not Path(dataset).exists():
+        raise UsageError(f"unknown dataset {dataset}: use one of {', '.join(DATASETS)}, or a path that exists")

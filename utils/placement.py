@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.report import GIB
+
 CARD_SHARE = 0.25  # of the card's free memory
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]  # shape, dtype -> a tensor with any values
@@ -52,6 +54,11 @@ class Shelf:
 
     limit: int | None = None
     folder: Path | None = None
+
+    @classmethod
+    def of(cls, host_memory_gib: float | None, folder: Path) -> "Shelf":
+        """With --host_memory's GiB as limit."""
+        return cls(None if host_memory_gib is None else int(host_memory_gib * GIB), folder)
 
     def room(self, size: int, device: torch.device) -> Empty:
         """How to make tensors that take `size` bytes together."""

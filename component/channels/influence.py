@@ -101,7 +101,7 @@ def run(options: Namespace) -> dict[str, Any]:
     text = data.read_text(options.dataset[0] if options.dataset else None, "train")
     tokens = data.tokenize(models.load_tokenizer(source), text.text)
     tokens, _ = data.hold_out(tokens, options.heldout_nsamples, options.model_seq_len)
-    windows = data.random_windows(tokens, options.reconstruct_nsamples, options.model_seq_len, options.seed)
+    windows = data.random_windows(tokens, options.reconstruct_nsamples, options.model_seq_len, seed=options.seed)
     model, layers = open_model(source, models.DTYPES[dtype])
     described, influence = describe_layers(model, layers), []
     modules = modules_of(model, described)

@@ -1,28 +1,23 @@
-"""What --mode m needs to know of --prune auto: the plans of its parts and of their mixture, and who carries them out.
+"""The planner of --prune auto: the plans of its parts and of their mixture, and who carries them out.
 
 The mixture weighs factors against fewer channels block by block, by what the profile says that both lose. Which of
 the three is written is chosen on held-out windows, so that it is the best of them there.
 """
 
-from argparse import Namespace
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from component.channels.mixing import Mixing
-from component.channels.narrowing import Narrowing
-from component.compress.channel_planner import NarrowPlanner, narrow_planner
-from component.compress.factor_planner import Planner, planner_for
-from component.compress.job import Job
+from component.compress.channel_planner import ChannelPlanner
+from component.compress.factor_planner import FactorPlanner
 from component.compress.recipe import Recipe
-from component.flow.means import Means
-from component.ranks.budget import Channels, Module, Plan
+from component.compress.settings import Settings
+from component.flow.solving import LayerSolver
+from component.ranks.budget import Channels, Plan
 from component.ranks.by_loss import Block, by_loss_and_form
 from component.solve.names import AUTO, EXACT, FACTORING, NARROWING
 from component.solve.solvers import Solver
 from utils.errors import UsageError
-from utils.layers import DecoderLayer
 
 MIXED = "mixed"
 FORMS = (FACTORING[0], NARROWING, MIXED)  # those of the parts are the values of --prune that make them alone
@@ -32,8 +27,8 @@ FORMS = (FACTORING[0], NARROWING, MIXED)  # those of the parts are the values of
 class AutoPlanner:
     """The parts as they are by themselves; a recipe's form says which of them, or the mixture."""
 
-    factors: Planner
-    channels: NarrowPlanner
+    factors: FactorPlanner
+    channels: ChannelPlanner
 
     def kinds(self, start: Recipe) -> list[Recipe]:
         """The mixture only where some block is narrower in it."""
@@ -56,45 +51,24 @@ class AutoPlanner:
     def solver(self, recipe: Recipe) -> Solver:
         return self._part(recipe).solver(recipe)
 
-    def narrowing(self, recipe: Recipe) -> Narrowing | Mixing | None:
+    def layer_solver(self, recipe: Recipe) -> LayerSolver | None:
         if recipe.form != MIXED:
-            return self._part(recipe).narrowing(recipe)
-        return Mixing(
-            self.channels.parts_by_layer(), damping=self.factors.options.ridge, weighting=self.factors.weighting(recipe)
-        )
+            return self._part(recipe).layer_solver(recipe)
+        weighting = self.factors.weighting(recipe)
+        return Mixing(self.channels.parts_by_layer(), damping=self.factors.settings.ridge, weighting=weighting)
 
     def entries(self, plan: Plan) -> dict[str, dict[str, Any]]:
         return self.channels.entries(plan)
 
-    def _part(self, recipe: Recipe) -> Planner | NarrowPlanner:
+    def _part(self, recipe: Recipe) -> FactorPlanner | ChannelPlanner:
         return self.channels if recipe.form == NARROWING else self.factors
 
 
-def planner_of(
-    job: Job,
-    model: PreTrainedModel,
-    described: list[DecoderLayer],
-    modules: list[Module],
-    start: Recipe,
-    recipes: list[Recipe],
-    means: Means,
-) -> Planner | NarrowPlanner | AutoPlanner:
-    """What --prune asks for, ready for any of the recipes."""
-    options = job.options
-    if options.prune not in (NARROWING, AUTO):
-        return planner_for(job, model, described, modules, start, recipes, means)
-    windows = job.windows[: options.reconstruct_nsamples]
-    narrow = narrow_planner(options, model, described, modules, windows, means)
-    if options.prune == NARROWING:
-        return narrow
-    return AutoPlanner(planner_for(job, model, described, modules, start, recipes, means), narrow)
-
-
-def check_auto(options: Namespace, processes: int) -> None:
+def check_auto(settings: Settings, processes: int) -> None:
     """Raises: UsageError for flags that can't be met with --prune auto."""
-    if options.allocation != "kl":
-        raise UsageError(f"--prune auto compares losses: it takes --allocation kl, not {options.allocation}")
-    if options.reconstruct_step is not EXACT:
+    if settings.allocation != "kl":
+        raise UsageError(f"--prune auto compares losses: it takes --allocation kl, not {settings.allocation}")
+    if settings.reconstruct_step is not EXACT:
         raise UsageError(f"--prune {AUTO} fits exactly what it makes: leave out --reconstruct_step")
     if processes > 1:
         raise UsageError(f"--prune {AUTO} makes {NARROWING} too, which solves a layer as a whole: no torchrun")

@@ -1,122 +1,126 @@
 """--mode m before the model is loaded: source, text, windows, the hash of all that decides the result, the folder."""
 
-import logging
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from component.checkpoint.writer import check_target
-from component.compress.recipe import searches_attention
-from component.solve.names import AUTO
+from component.compress.settings import Settings
 from utils import data, models
+from utils.data import CalibrationWindows
 from utils.errors import UsageError
-from utils.models import Source
+from utils.models import fingerprint
+from utils.sources import Source, find_source
 from utils.whole_files import hash_of, sha256
 
-log = logging.getLogger("pifa")
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where results go, and what the work is done on; nothing of it decides a result.
+
+    profile: folder of the profile, None for one under save_path. host_memory: GiB of hidden states, None for any.
+    """
+
+    save_path: Path
+    prefix: str
+    resume: bool
+    profile: Path | None
+    device: str
+    host_memory: float | None
+    command: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """settings: of the record; weights: fingerprint of the model; hash: of all that decides the checkpoint's bytes."""
+
+    settings: dict[str, Any]
+    weights: dict[str, Any]
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """windows: for calibration, held_out: for choosing, both (count, length) int64; identity: settings and hashes."""
+    """What is to be done, and where to."""
 
-    options: Namespace
+    settings: Settings
+    place: Place
     source: Source
     dtype: torch.dtype
     tokenizer: Any
-    windows: Tensor
-    held_out: Tensor
-    identity: dict[str, Any]
+    text: CalibrationWindows
+    identity: Identity
     folder: Path
 
 
-def prepare(options: Namespace) -> Job:
+def prepare(settings: Settings, place: Place) -> Job:
     """Everything that can be known, and refused, before the model is loaded. Raises: UsageError."""
-    source = models.find_source(options.model)
+    source = find_source(settings.model)
     config = models.load_config(source)
-    dtype = models.DTYPES[options.dtype or models.default_dtype_name(source, config, torch.device(options.DEV))]
+    name = settings.dtype or models.default_dtype_name(source, config, torch.device(place.device))
+    dtype = models.DTYPES[name]
     tokenizer = models.load_tokenizer(source)
-    text = data.read_text(options.dataset[0] if options.dataset else None, "train")
-    length = options.model_seq_len
-    before, held_out = data.hold_out(data.tokenize(tokenizer, text.text), options.heldout_nsamples, length)
-    count = max(options.pruning_nsamples, options.reconstruct_nsamples)
-    windows = data.random_windows(before, count, length, options.seed)
-    if not len(held_out) and (
-        options.tune or searches_attention(options.allocation, options.attn_ratio) or options.prune == AUTO
-    ):
+    text = read_calibration(settings, tokenizer)
+    identity = identity_of(settings, source, config=config, text=text, dtype=dtype)
+    allocation = Path(settings.allocation).stem
+    parts = (place.prefix + source.name, settings.prune, f"{settings.density:g}", allocation, identity.hash[:8])
+    folder = place.save_path / "_".join(parts)
+    check_target(folder, identity.hash, place.resume)
+    return Job(
+        settings=settings,
+        place=place,
+        source=source,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        text=text,
+        identity=identity,
+        folder=folder,
+    )
+
+
+def read_calibration(settings: Settings, tokenizer: Any) -> CalibrationWindows:
+    """The windows that calibrate and those that choose. Raises: UsageError where some are needed and there are none."""
+    text = data.calibration_windows(
+        tokenizer,
+        settings.dataset,
+        count=max(settings.pruning_nsamples, settings.reconstruct_nsamples),
+        length=settings.model_seq_len,
+        held_out=settings.heldout_nsamples,
+        seed=settings.seed,
+    )
+    if not len(text.held_out) and settings.judges:
         raise UsageError(
             "--prune auto, --tune, and --allocation type without --attn_ratio, choose on held-out windows, and there "
             "are none: raise --heldout_nsamples, lower --model_seq_len or take a longer text"
         )
-    identity = identity_of(options, source, config, text.name, windows, held_out, dtype)
-    folder = Path(options.save_path) / _folder_name(options, source, identity)
-    check_target(folder, identity["hash"], options.resume)
-    return Job(options, source, dtype, tokenizer, windows, held_out, identity, folder)
+    return text
 
 
 def identity_of(
-    options,
+    settings: Settings,
     source: Source,
+    *,
     config: transformers.PretrainedConfig,
-    dataset: str,
-    windows: Tensor,
-    held_out: Tensor,
+    text: CalibrationWindows,
     dtype: torch.dtype,
-) -> dict[str, Any]:
+) -> Identity:
     """Everything that decides the bytes of the checkpoint, and its hash."""
-    settings = {
-        "model": options.model,
+    known = {
+        **settings.as_json(),
         "revision": getattr(config, "_commit_hash", None),
-        "dataset": dataset,
-        "windows_sha256": hash_of(windows.tolist()),
-        "heldout_nsamples": len(held_out),
-        "heldout_sha256": hash_of(held_out.tolist()),
+        "dataset": text.dataset,
+        "windows_sha256": hash_of(text.windows.tolist()),
+        "heldout_nsamples": len(text.held_out),
+        "heldout_sha256": hash_of(text.held_out.tolist()),
         "dtype": str(dtype).removeprefix("torch."),
-        "seed": options.seed,
-        "prune": options.prune,
-        "allocation": options.allocation,
-        "density_asked": options.density,
-        "overall_ratio": round(1 - options.density, 12),
-        "attn_ratio": options.attn_ratio,
-        "rank_multiple": options.rank_multiple,
-        "reconstruct_step": options.reconstruct_step,
-        "old_output_factor": options.old_output_factor,
-        "drift_factor": options.drift_factor,
-        "output_shrinkage": options.output_shrinkage,
-        "token_power": options.token_power,
-        "ridge": options.ridge,
-        "passes": options.passes,
-        "refine_steps": options.refine_steps,
-        "profile_nsamples": options.profile_nsamples,
-        "tune": options.tune,
-        "use_pifa": options.use_pifa,
-        "pruning_nsamples": options.pruning_nsamples,
-        "reconstruct_nsamples": options.reconstruct_nsamples,
-        "model_seq_len": options.model_seq_len,
     }
     weights = fingerprint(source)
-    decisive = {**settings, "weights": weights}
-    if bi_score := getattr(options, "bi_score", None):
-        decisive["influence"] = sha256(Path(bi_score))
-    if Path(options.allocation).is_file():
-        decisive["plan"] = sha256(Path(options.allocation))
-    return {"settings": settings, "weights": weights, "hash": hash_of(decisive)}
-
-
-def fingerprint(source: Source) -> dict[str, Any]:
-    """Names and sizes of a local model's files, so that a changed one is noticed; a hub model has its revision."""
-    folder = Path(source.location)
-    if source.gguf_file:
-        return {source.gguf_file: sha256(folder / source.gguf_file)}
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-
-
-def _folder_name(options, source: Source, identity: dict[str, Any]) -> str:
-    allocation = Path(options.allocation).stem
-    parts = (options.prefix + source.name, options.prune, f"{options.density:g}", allocation, identity["hash"][:8])
-    return "_".join(parts)
+    decisive = {**known, "weights": weights}
+    if settings.bi_score:
+        decisive["influence"] = sha256(Path(settings.bi_score))
+    if Path(settings.allocation).is_file():
+        decisive["plan"] = sha256(Path(settings.allocation))
+    return Identity(settings=known, weights=weights, hash=hash_of(decisive))

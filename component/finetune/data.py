@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils import data
 from utils.errors import UsageError
+from utils.names import check_dataset
 
 log = logging.getLogger("pifa")
 
@@ -57,7 +58,7 @@ def parse_mixture(entries: Sequence[str]) -> list[Share]:
     names = [share.name for share in shares]
     for name in names:
         if name != SELF:
-            data.check_name(name)
+            check_dataset(name)
     if SELF in names and (names.count(SELF) > 1 or len(names) == 1 or None in weights):
         raise UsageError(
             f"--data_path {SELF} comes once, beside a text that gives it beginnings, with weights for both"

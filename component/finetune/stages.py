@@ -21,7 +21,6 @@ from component.checkpoint import reading as files
 from component.checkpoint.counting import densities
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter, check_target
-from component.compress.job import fingerprint
 from component.finetune import data as rows_of
 from component.finetune import lora, state
 from component.finetune.data import Batch, Row, Share
@@ -32,6 +31,7 @@ from component.ranks.cost import LOW_RANK, PIVOTED
 from utils import models, plots, report
 from utils.endings import one_line_endings
 from utils.errors import RunError, UsageError
+from utils.models import fingerprint
 from utils.whole_files import hash_of, write_json
 
 log = logging.getLogger("pifa")

@@ -89,8 +89,6 @@ def expand(argv: Sequence[str]) -> list[str]:
     said = _said(rest)
     more = _renamed(given, said)
     implied = _implied(given, said)
-    if implied is None and said.get("prune") == "flatllm":
-        implied = {"allocation": METHODS["flatllm"]["allocation"]}
     chosen = {name: value for name, value in (implied or {}).items() if not _overruled(name, said)}
     return [*_flags({**chosen, **more}), *rest]
 

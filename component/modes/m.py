@@ -1,14 +1,15 @@
 """--mode m: a dense model in, a folder of low-rank factors out (or of fewer channels, or of both)."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from component.compress.recipe import tunable
+from component.compress.settings import Settings
 from component.modes import shared
 from component.modes.parser import Flag, Options, at_least, from_zero, within
 from component.ranks.allocation import ALLOCATIONS
-from component.solve.names import EXACT, PLAIN, PRUNERS, TUNED, default_step
+from component.solve.names import EXACT, NARROWING, PLAIN, PRUNERS, TUNED, default_step
 from utils.errors import UsageError
 
 SUMMARY = "Compress a dense model into low-rank factors."
@@ -100,13 +101,18 @@ FLAGS = (
 
 def check(options: Options) -> None:
     """Raises: UsageError for flags that contradict each other or need what is not there."""
+    complete(options)
+    shared.check_model(options)
+
+
+def complete(options: Options) -> None:
+    """Fill in what follows from other flags. Raises: UsageError for those that contradict each other."""
     shared.fill_density(options)
     _fill_method(options)
     _fill_allocation(options)
     if options.tune and not tunable(options.reconstruct_step, options.allocation):
         raise UsageError("--tune has nothing to choose here: it needs a reconstruction or --allocation kl")
     shared.one_text(options)
-    shared.check_model(options)
 
 
 def _fill_method(options: Options) -> None:
@@ -129,13 +135,14 @@ def _fill_method(options: Options) -> None:
 def _fill_allocation(options: Options) -> None:
     """--attn_ratio selects type, --owl owl, both together owl times type; another explicit one is refused.
 
-    Else the published methods have the same density everywhere, as the papers do, and exact M the best ranks.
+    Else the published methods are as in their papers, and exact M has the best ranks.
     """
     implied = "owl" if options.owl else "type" if options.attn_ratio is not None else None
     flags = " and ".join(["--owl"] * options.owl + ["--attn_ratio"] * (options.attn_ratio is not None))
     if implied and options.allocation not in (None, implied):
         raise UsageError(f"{flags} selects --allocation {implied} and can't go with {options.allocation}")
-    options.allocation = options.allocation or implied or ("kl" if options.reconstruct_step is EXACT else "uniform")
+    usual = "iprs" if options.prune == NARROWING else "kl" if options.reconstruct_step is EXACT else "uniform"
+    options.allocation = options.allocation or implied or usual
     if options.allocation not in ALLOCATIONS and not options.allocation.endswith(".json"):
         raise UsageError(
             f"unknown --allocation {options.allocation}: use one of {', '.join(ALLOCATIONS)}, or a plan's .json file"
@@ -144,8 +151,25 @@ def _fill_allocation(options: Options) -> None:
         raise UsageError(f"no such plan: {options.allocation}")
 
 
+def settings_of(options: Options) -> Settings:
+    """What decides the result."""
+    values = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    return Settings(**{**values, "dataset": options.dataset[0] if options.dataset else None})
+
+
 def run(options: Options) -> dict[str, Any]:
     """Compress --model and write the checkpoint; returns the result record."""
-    from component.compress.pipeline import run as engine
+    from component.compress.folder import compress_into_folder
+    from component.compress.job import Place
 
-    return engine(options)
+    profile = options.profiling_mat_path
+    place = Place(
+        save_path=Path(options.save_path),
+        prefix=options.prefix,
+        resume=options.resume,
+        profile=None if profile is None else Path(profile),
+        device=options.DEV,
+        host_memory=options.host_memory,
+        command=options.command,
+    )
+    return compress_into_folder(settings_of(options), place)

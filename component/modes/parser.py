@@ -156,6 +156,22 @@ def _tell(unread: list[Flag], mode: str, flags: Mapping[str, Sequence[Flag]], ty
         log.warning("--mode %s does not read %s", mode, ", ".join(names))
 
 
+def from_keywords(flags: Sequence[Flag], keywords: Mapping[str, Any]) -> Options:
+    """The options that keyword arguments by the flags' names stand for, with the defaults that are plain values.
+
+    Raises: UsageError for a name that is no flag of the mode, or a value that it does not take.
+    """
+    known = {flag.name: flag for flag in flags}
+    options = Options(**{name: None if callable(flag.default) else flag.default for name, flag in known.items()})
+    for name, value in keywords.items():
+        if name not in known:
+            raise UsageError(f"{name} is no flag of this mode: use some of {', '.join(known)}")
+        if value is not None:
+            known[name].verify(value)
+            setattr(options, name, value)
+    return options
+
+
 def fill(options: Options, flags: Sequence[Flag]) -> None:
     """Give flags of the mode whose default is a function of the others their value."""
     for flag in flags:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from component.modes.parser import Default, Flag, Options, at_least, from_zero, within
 from utils.errors import UsageError
-from utils.names import DTYPES
+from utils.names import DTYPE_NAMES, check_dataset
 
 log = logging.getLogger("pifa")
 
@@ -30,10 +30,8 @@ def by_device(cpu: int, gpu: int, announced: bool = True) -> Default:
 
 def known_dataset(_name: str, values: list[str]) -> None:
     """Raises: UsageError for a name that is no dataset and no path."""
-    from utils.data import check_name
-
     for value in values:
-        check_name(value)
+        check_dataset(value)
 
 
 MODEL = Flag(
@@ -95,7 +93,7 @@ DEV = Flag(
     "DEV", "Device: cpu, cuda or cuda:N.", MACHINE, shown="cuda where there is a card, else cpu", metavar="DEVICE"
 )
 DTYPE = Flag(
-    "dtype", "Number type of what is written and evaluated.", MACHINE, choices=DTYPES,
+    "dtype", "Number type of what is written and evaluated.", MACHINE, choices=DTYPE_NAMES,
     shown="float32 on a CPU and from GGUF, else the source's",
 )  # fmt: skip
 HOST_MEMORY = Flag(

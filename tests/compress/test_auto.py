@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import component.compress.pipeline
 import PIFA
 from component.channels.by_output import (
     channel_curve,
@@ -25,8 +26,8 @@ from component.channels.mixing import Mixing
 from component.channels.parts import parts_of
 from component.checkpoint.counting import stored_as
 from component.checkpoint.entries import kind_of
-from component.compress.auto_planner import FORMS, MIXED
-from component.compress.profile import Profiling, profile_layers
+from component.compress.auto_planner import FORMS, MIXED, AutoPlanner
+from component.compress.measuring import Profiling, profile_layers
 from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
 from component.format.linear import LowRankLinear, PIFALinear
@@ -263,7 +264,9 @@ def test_the_profile_measures_what_blocks_lose():
     model = tiny.build()
     described = describe_layers(model)
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    for index, measured in profile_layers(model, described, Profiling(WINDOWS, CPU, 5, (None, 0.1), parts=parts)):
+    for index, measured in profile_layers(
+        model, described, Profiling(WINDOWS, CPU, seed=5, shrinkages=(None, 0.1), parts=parts)
+    ):
         name, part = described[index].name, parts[index]
         curves = measured.channel_curves
         assert {key: tuple(curve.shape) for key, curve in curves.items()} == {
@@ -272,7 +275,7 @@ def test_the_profile_measures_what_blocks_lose():
         }
         for curve in curves.values():
             assert (curve[:, 0] > curve[:, curve.shape[1] // 2]).all() and (curve[:, -1] == 0).all()
-    for _, measured in profile_layers(model, described, Profiling(WINDOWS, CPU, 5)):
+    for _, measured in profile_layers(model, described, Profiling(WINDOWS, CPU, seed=5)):
         assert measured.channel_curves == {}
 
 
@@ -288,9 +291,7 @@ def auto_run(arguments, tmp_path_factory):
 
 def forced(monkeypatch, form: str) -> None:
     """As if held-out text had said that this form is the best."""
-    monkeypatch.setattr(
-        "component.compress.auto_planner.AutoPlanner.kinds", lambda _self, start: [replace(start, form=form)]
-    )
+    monkeypatch.setattr(AutoPlanner, "kinds", lambda _self, start: [replace(start, form=form)])
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +351,7 @@ def test_an_interrupted_run_goes_on_with_the_form_it_chose(form, arguments, tmp_
     stored = [path.read_bytes() for path in shards]
     (folder / "pifa.json").unlink()
     shards[1].unlink()
-    monkeypatch.setattr("component.compress.pipeline.choose", pytest.fail)
+    monkeypatch.setattr(component.compress.pipeline, "choose", pytest.fail)
     good([*argv, "--resume"])
     assert [path.read_bytes() for path in shards] == stored
 

@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import component.compress.folder
+import component.compress.pipeline
+import component.flow.batches
 import PIFA
 from component.checkpoint import reading as files
-from component.compress import pipeline as compress
 from component.compress.estimate import (
     WAITING_SHARE,
     Machine,
@@ -28,7 +29,7 @@ from component.compress.estimate import (
     waiting_numbers,
     working_bytes,
 )
-from component.compress.factor_planner import shapes_of, work_of
+from component.compress.workload import shapes_of, work_of
 from component.flow.lockstep import lockstep
 from component.flow.means import Flows
 from component.flow.modules import modules_of
@@ -149,11 +150,7 @@ def test_it_grows_linearly_in_windows(factor):
     assert at(1 + factor) - at(1) == factor * (at(2) - at(1))
 
 
-OPTIONS = Namespace(
-    prune="svd-llm", reconstruct_step=None, old_output_factor=0.25, drift_factor=0.5, output_shrinkage=None,
-    token_power=0, attn_ratio=None, use_pifa=True, density=0.6, allocation="uniform", profile_nsamples=8,
-    refine_steps=0,
-)  # fmt: skip
+SETTINGS = tiny.settings(density=0.6, allocation="uniform", output_shrinkage=1, token_power=0, profile_nsamples=8)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -167,11 +164,11 @@ def test_shapes_are_those_of_the_model(family):
     assert shapes.attention == 2
     norms = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 1)
     assert shapes.rest + norms + sum(m.numbers for m in modules) == sum(p.numel() for p in model.parameters())
-    work = work_of(OPTIONS, modules, Flows(tiny.token_windows(4, 32), whitening=4, reconstruction=4), batch=3)
+    work = work_of(SETTINGS, modules, Flows(tiny.token_windows(4, 32), whitening=4, reconstruction=4), batch=3)
     assert (work.tokens, work.batch_tokens, work.flows, work.profiled) == (128, 96, 2, 0)
     assert (work.square, work.drift, work.weighted) == (2, 1, False)
     longer = Flows(tiny.token_windows(5, 32), whitening=4, reconstruction=4)
-    shared = work_of(OPTIONS, modules, longer, batch=3, processes=2)
+    shared = work_of(SETTINGS, modules, longer, batch=3, processes=2)
     assert shared.tokens == 80
 
 
@@ -257,7 +254,7 @@ def test_the_disk_is_estimated_and_said_before_the_work(arguments, tmp_path, cap
     described = describe_layers(model)
     modules = modules_of(model, described)
     flows = Flows(tiny.token_windows(4, 32), whitening=4, reconstruction=4)
-    found = estimate(shapes_of(model, described, modules), work_of(OPTIONS, modules, flows, batch=4), HOST)
+    found = estimate(shapes_of(model, described, modules), work_of(SETTINGS, modules, flows, batch=4), HOST)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert 0.8 * stored < found.disk < 1.2 * stored
 
@@ -265,17 +262,17 @@ def test_the_disk_is_estimated_and_said_before_the_work(arguments, tmp_path, cap
 def test_a_card_without_room_changes_what_is_said_and_nothing_else(arguments, tmp_path, caplog, monkeypatch):
     """Batches of one window, of which one waits."""
     caplog.set_level("INFO", logger="pifa")
-    monkeypatch.setattr(compress, "BATCH_TOKENS", 32)
-    counts, driver = [], compress.compress_layers
+    monkeypatch.setattr(component.flow.batches, "BATCH_TOKENS", 32)
+    counts, driver = [], component.compress.pipeline.compress_layers
 
     def watched(*given, **more):
         counts.append(more["means"].waiting)
         return driver(*given, **more)
 
-    monkeypatch.setattr(compress, "compress_layers", watched)
+    monkeypatch.setattr(component.compress.pipeline, "compress_layers", watched)
     folders = []
     for name, free in (("host", None), ("card", 1)):
-        monkeypatch.setattr(compress, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(component.compress.folder, "free_bytes", lambda device, free=free: free)
         command = arguments("m", save_path=tmp_path / name, density=0.6, allocation="uniform")
         folders.append(tiny.contents(Path(PIFA.run(command)["path"]), (files.RECORD,)))
     assert counts == [None, 1]

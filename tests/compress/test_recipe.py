@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def test_only_named_constants_change():
     ],
 )
 def test_constants_without_effect_are_not_tunable(step, allocation, names):
-    assert tunable(Namespace(reconstruct_step=step, allocation=allocation)) == names
+    assert tunable(step, allocation) == names
 
 
 def with_attention(density: float) -> Recipe:

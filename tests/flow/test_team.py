@@ -147,9 +147,10 @@ def workers(parent: int) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def test_refinement_is_refused(arguments, tmp_path):
-    from component.compress.pipeline import _prepared
+def test_refinement_is_refused():
+    from component.compress.pipeline import check_method
 
-    options = PIFA.parse(arguments("m", save_path=tmp_path, refine_steps=2, **UNIFORM))
+    settings = tiny.settings(refine_steps=2, **UNIFORM)
+    check_method(settings, 1)
     with pytest.raises(UsageError, match="without torchrun"):
-        _prepared(options, Team(0, 2))
+        check_method(settings, 2)

@@ -1,4 +1,4 @@
-"""component/compress/pipeline.py: allocations and targets that go beyond the paper's, through the front door."""
+"""--mode m: allocations and targets that go beyond the paper's, through the front door."""
 
 import json
 from pathlib import Path

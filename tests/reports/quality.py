@@ -12,50 +12,45 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import PIFA
+from component import plan_compression
 from component.checkpoint.counting import stored_as
-from component.compress.auto_planner import planner_of
-from component.compress.factor_planner import recipe_of, storage_of
-from component.compress.job import Job, prepare
-from component.compress.judging import held_out_perplexity, window_losses
-from component.compress.pipeline import BATCH_TOKENS
-from component.compress.recipe import Recipe, choose
-from component.flow.means import Flows, Means
-from component.flow.modules import modules_of
-from component.flow.streaming import Compression, Refinement, compress_layers
+from component.compress.judging import window_losses
+from component.flow.batches import windows_at_once
+from component.flow.means import Means
 from component.ranks.allocation import ALLOCATIONS
 from utils import data, models
-from utils.attention import repeat_heads
-from utils.layers import HeldLayers, describe_layers
+from utils.layers import HeldLayers, decoder_layers
 from utils.report import markdown_table
+from utils.sources import find_source
 
 DENSITIES = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4")
 FEW = ("0.8", "0.5", "0.4")
-ABLATION = {
-    "default": [],
-    "no drift repair": ["--drift_factor", "0"],
-    "drift repaired by half as much": ["--drift_factor", "0.25"],
-    "errors of all outputs alike": ["--output_shrinkage", "1"],
-    "all tokens alike": ["--token_power", "0"],
-    "no dense flow in the target (lambda 0)": ["--old_output_factor", "0"],
-    "ten times the ridge": ["--ridge", "0.01"],
-    "ranks in multiples of 32": ["--rank_multiple", "32"],
-    "a second pass": ["--passes", "2"],
+ABLATION: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no drift repair": {"drift_factor": 0.0},
+    "drift repaired by half as much": {"drift_factor": 0.25},
+    "errors of all outputs alike": {"output_shrinkage": 1.0},
+    "all tokens alike": {"token_power": 0.0},
+    "no dense flow in the target (lambda 0)": {"old_output_factor": 0.0},
+    "ten times the ridge": {"ridge": 0.01},
+    "ranks in multiples of 32": {"rank_multiple": 32},
+    "a second pass": {"passes": 2},
 }
 
-FORMS = {
-    "W": ["--prune", "svd-llm", "--reconstruct_step", "0", "--no-use_pifa"],
-    "MPIFA, uniform": ["--reconstruct_step", "2"],
-    "default": [],
-    "flatllm": ["--prune", "flatllm"],
-    "auto": ["--prune", "auto"],
+FORMS: dict[str, dict[str, Any]] = {
+    "W": {"prune": "svd-llm", "reconstruct_step": 0, "use_pifa": False},
+    "MPIFA, uniform": {"reconstruct_step": 2},
+    "default": {},
+    "flatllm": {"prune": "flatllm"},
+    "auto": {"prune": "auto"},
 }
 
 
@@ -63,99 +58,71 @@ class Bench:
     """One model, one calibration text, two texts to judge on; rows differ in flags."""
 
     def __init__(self, options: argparse.Namespace):
-        self.common = ["--mode", "m", "--dataset", options.calibration, "--save_path", options.save_path]
-        self.common += ["--model", options.model, "--model_seq_len", options.model_seq_len, "--resume"]
-        self.common += ["--pruning_nsamples", options.nsamples, "--reconstruct_nsamples", options.nsamples]
-        first = self.options([])
-        self.job = prepare(first)
-        self.device = torch.device(first.DEV)
-        self.model = models.load_model(self.job.source, torch.float32)
-        if self.device.type == "cuda":
-            repeat_heads(self.model)
-        self.described = describe_layers(self.model)
-        self.modules = modules_of(self.model, self.described)
-        self.batch = max(1, BATCH_TOKENS // first.model_seq_len)
-        self.means = Means(self.device, HeldLayers(self.model), batch=self.batch)
+        counts = {name: int(options.nsamples) for name in ("pruning_nsamples", "reconstruct_nsamples")}
+        length = int(options.model_seq_len)
+        self.common = {"dataset": options.calibration, "model_seq_len": length, **counts}
+        self.front_door = ["--mode", "m", *flags_for(self.common), "--save_path", options.save_path]
+        self.front_door += ["--model", options.model, "--resume"]
+        source = find_source(options.model)
+        self.tokenizer = models.load_tokenizer(source)
+        self.model = models.load_model(source, torch.float32)
         texts = [data.read_text(name, "test").text for name in (options.test, "pydoc")]
-        tokens = [data.tokenize(self.job.tokenizer, text) for text in texts]
-        whole = [
-            t[: len(t) // first.model_seq_len * first.model_seq_len].reshape(-1, first.model_seq_len) for t in tokens
-        ]
-        self.windows = [w[: options.eval_nsamples] for w in whole]
+        tokens = [data.tokenize(self.tokenizer, text) for text in texts]
+        self.windows = [data.consecutive_windows(t, length, options.eval_nsamples) for t in tokens]
 
-    def options(self, flags: list[str]) -> argparse.Namespace:
-        return PIFA.parse([*self.common, *flags])
-
-    def row(self, flags: list[str]) -> dict:
+    def row(self, flags: dict[str, Any]) -> dict:
         """Compress in memory with these flags and judge."""
-        job = replace(self.job, options=self.options(flags))
-        start = recipe_of(job.options)
-        # one profile serves all rows: with and without output weighting
-        recipes = [replace(start, output_shrinkage=shrinkage) for shrinkage in (0.1, None)]
         began = time.perf_counter()
-        planner = planner_of(job, self.model, self.described, self.modules, start, recipes, self.means)
-        profiled = time.perf_counter()
-        recipe, tuned = choose(start, planner.kinds(start), [], 0, lambda one: self.held_out(job, planner, one))
-        chosen = time.perf_counter()
+        with plan_compression(self.model, self.tokenizer, **self.common, **flags) as pipeline:
+            profiled = time.perf_counter()
+            recipe, tuned = pipeline.choose()
+            chosen = time.perf_counter()
+            losses = self.losses(pipeline.layers(recipe), pipeline.task.means)
+            settings, entries = pipeline.task.settings, pipeline.planner.entries(pipeline.planner.plan(recipe))
+            numbers = sum(stored_as(entry, settings.storage) for entry in entries.values())
+            return {
+                "flags": flags,
+                "density": numbers / sum(module.numbers for module in pipeline.task.modules),
+                "ppl": losses[0],
+                "pydoc": losses[1],
+                "profile_seconds": profiled - began,
+                "seconds": time.perf_counter() - chosen,
+                "tuned": tuned,
+            }
+
+    def losses(self, layers: Iterable[tuple[int, nn.Module]], means: Means) -> list[float]:
+        """Perplexity on either text with these layers."""
         both = torch.cat(self.windows)
-        losses = window_losses(
-            self.model, self.layers(job, planner, recipe), both, device=self.device, batch=self.batch
-        )
-        parts = losses.split([len(windows) for windows in self.windows])
-        storage, entries = storage_of(job.options), planner.entries(planner.plan(recipe))
-        numbers = sum(stored_as(entry, storage) for entry in entries.values())
-        return {
-            "flags": flags,
-            "density": numbers / sum(m.numbers for m in self.modules),
-            "ppl": parts[0].mean().exp().item(),
-            "pydoc": parts[1].mean().exp().item(),
-            "profile_seconds": profiled - began,
-            "seconds": time.perf_counter() - chosen,
-            "tuned": tuned,
-        }
-
-    def layers(self, job: Job, planner: Any, recipe: Recipe) -> Iterator:
-        options = job.options
-        flows = Flows(job.windows, whitening=options.pruning_nsamples, reconstruction=options.reconstruct_nsamples)
-        steps = options.refine_steps
-        compression = Compression(
-            planner.plan(recipe),
-            planner.solver(recipe),
-            dtype=torch.float32,
-            layer_solver=planner.narrowing(recipe),
-            refinement=Refinement(steps=steps, drift_ratio=recipe.drift_factor, seed=options.seed) if steps else None,
-        )
-        return compress_layers(self.model, self.described, compression, flows=flows, means=self.means)
-
-    def held_out(self, job: Job, planner: Any, recipe: Recipe) -> float:
-        layers = self.layers(job, planner, recipe)
-        return held_out_perplexity(self.model, layers, job.held_out, device=self.device, batch=self.batch)
+        losses = window_losses(self.model, layers, both, device=means.device, batch=means.batch)
+        return [part.mean().exp().item() for part in losses.split([len(windows) for windows in self.windows])]
 
     def dense(self) -> dict:
-        layers = ((i, self.model.get_submodule(d.name).to(self.device)) for i, d in enumerate(self.described))
-        losses = window_losses(self.model, layers, torch.cat(self.windows), device=self.device, batch=self.batch)
-        parts = losses.split([len(windows) for windows in self.windows])
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        named = decoder_layers(self.model)
+        means = Means(device, HeldLayers(self.model), batch=windows_at_once(self.common["model_seq_len"]))
+        losses = self.losses(((index, layer.to(device)) for index, (_, layer) in enumerate(named)), means)
         self.model.to("cpu")
-        return {
-            "flags": ["dense"],
-            "density": 1.0,
-            **{k: p.mean().exp().item() for k, p in zip(("ppl", "pydoc"), parts, strict=True)},
-        }
+        return {"flags": ["dense"], "density": 1.0, "ppl": losses[0], "pydoc": losses[1]}
 
 
-def flags_of(allocation: str, density: str) -> list[str]:
+def flags_for(keywords: dict[str, Any]) -> list[str]:
+    """The command line that these keyword arguments stand for."""
+    return [word for name, value in keywords.items() for word in (f"--{name}", str(value))]
+
+
+def flags_of(allocation: str, density: str) -> dict[str, Any]:
     """MPIFA_NS keeps 0.1 less of attention than of the whole, as the paper's best rows do."""
-    flags = ["--density", density]
+    kept = float(density)
     if allocation == "MPIFA_NS":
-        return [*flags, "--owl", "--attn_ratio", f"{1 - float(density) + 0.1:.2f}"]
-    return [*flags, "--allocation", allocation]
+        return {"density": kept, "owl": True, "attn_ratio": round(1 - kept + 0.1, 2)}
+    return {"density": kept, "allocation": allocation}
 
 
 def through_the_front_door(options: argparse.Namespace, bench: Bench) -> list[dict]:
     """--mode m, pifa and ppl at every density; the perplexities are those of the pivoted folder."""
     rows = []
     for density in options.densities or DENSITIES:
-        low_rank = PIFA.run([*bench.common, "--density", density])
+        low_rank = PIFA.run([*bench.front_door, "--density", density])
         place = ["--model_path", low_rank["path"], "--save_path", options.save_path, "--resume"]
         pivoted = PIFA.run(["--mode", "pifa", *place])
         judged = [
@@ -198,17 +165,17 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     bench = Bench(options)
     densities = options.densities or FEW
-    named: list[tuple[str, str, list[str]]] = []
+    named: list[tuple[str, str, dict[str, Any]]] = []
     for density in densities:
         if options.part == "allocations":
             names = [*ALLOCATIONS, "MPIFA_NS"]
             named += [(name, density, flags_of(name, density)) for name in names]
         elif options.part == "ablation":
-            named += [(name, density, ["--density", density, *flags]) for name, flags in ABLATION.items()]
+            named += [(name, density, {"density": float(density), **flags}) for name, flags in ABLATION.items()]
         elif options.part == "forms":
-            named += [(name, density, ["--density", density, *flags]) for name, flags in FORMS.items()]
+            named += [(name, density, {"density": float(density), **flags}) for name, flags in FORMS.items()]
         else:
-            named += [("refined", density, ["--density", density, "--refine_steps", options.refine_steps])]
+            named += [("refined", density, {"density": float(density), "refine_steps": int(options.refine_steps)})]
     if options.part == "densities":
         rows = [{"name": "dense", **bench.dense()}, *through_the_front_door(options, bench)]
     else:

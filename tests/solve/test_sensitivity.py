@@ -1,26 +1,31 @@
 """solve/sensitivity.py and compress/profile.py: against whole-model backward passes, and term by term."""
 
 import copy
-from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-import component.compress.factor_planner
+import component.compress.measuring
 import component.compress.profile
-from component.compress.factor_planner import Planner, profile_for
-from component.compress.profile import Profiling, Sensitivity, make_profile, profile_layers
+import component.compress.profile_kept
+from component.compress.factor_planner import FactorPlanner
+from component.compress.measuring import Profiling, Sensitivity, profile_layers
+from component.compress.profile import make_profile
+from component.compress.profile_kept import profile_for
 from component.compress.recipe import Recipe
-from component.flow.means import Means
+from component.compress.task import Profiles, Task
+from component.flow.means import Flows, Means
 from component.format.linear import LowRankLinear
 from component.solve.moments import add_product
 from component.solve.reconstruction import exact_factors
 from component.solve.sensitivity import angular_influence, loss_curve, outlier_share, output_moment, output_weighting
 from component.solve.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
+from utils.data import CalibrationWindows
 from utils.errors import RunError, UsageError
-from utils.layers import DecoderLayer, describe_layers
+from utils.layers import DecoderLayer, HeldLayers, describe_layers
 
 WINDOWS = tiny.token_windows(3, 24)
 CPU = torch.device("cpu")
@@ -136,7 +141,7 @@ def whole_model_inputs(model, names: list[str]) -> dict[str, torch.Tensor]:
 def profiled(model, batch: int = 1, **more) -> tuple[dict[str, Sensitivity], dict[str, torch.Tensor]]:
     """Sensitivities by linear, token scores by the first linear of each group."""
     linears, scores = {}, {}
-    for _, layer in profile_layers(model, describe_layers(model), Profiling(WINDOWS, CPU, 5, batch=batch, **more)):
+    for _, layer in profile_layers(model, describe_layers(model), Profiling(WINDOWS, CPU, seed=5, batch=batch, **more)):
         linears.update(layer.linears)
         scores.update(layer.token_scores)
     return linears, scores
@@ -211,7 +216,7 @@ def test_gradients_go_through_a_draft_and_weights_come_from_the_model(family):
 
 @pytest.mark.parametrize(("batch", "tokens", "stride"), [(1, 24, 3), (2, 24, 3), (2, 20, 4), (1, 72, 1)])
 def test_curves_are_evaluated_on_evenly_spaced_tokens_and_whitened_by_all(batch, tokens, stride, monkeypatch):
-    monkeypatch.setattr(component.compress.profile, "CURVE_TOKENS", tokens)
+    monkeypatch.setattr(component.compress.measuring, "CURVE_TOKENS", tokens)
     model = tiny.build()
     linears, _ = profiled(model, batch)
     gradients, inputs = whole_model_gradients(model, list(linears), seed=5), whole_model_inputs(model, list(linears))
@@ -226,9 +231,9 @@ def test_curves_are_evaluated_on_evenly_spaced_tokens_and_whitened_by_all(batch,
 
 
 def test_a_sample_does_not_hold_the_memory_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(component.compress.profile, "CURVE_TOKENS", 16)
+    monkeypatch.setattr(component.compress.measuring, "CURVE_TOKENS", 16)
     profiling = Profiling(torch.zeros(4, 32, dtype=torch.int64), CPU, seed=0)  # every eighth of 128 tokens
-    seen = component.compress.profile._Seen(DecoderLayer("layer", (("a",),), frozenset()), profiling)
+    seen = component.compress.measuring._Seen(DecoderLayer("layer", (("a",),), frozenset()), profiling)
     for seed in (1, 2):
         seen.add({"a": tiny.rand(2, 32, 5, seed=seed)}, {"a": tiny.rand(2, 32, 7, seed=seed)})
     assert [part.untyped_storage().nbytes() for parts in seen._samples.values() for part in parts] == [
@@ -239,7 +244,7 @@ def test_a_sample_does_not_hold_the_memory_of_all_tokens(monkeypatch):
 
 def test_thinning_leaves_every_second_token_out_of_moments_and_curves_but_scores_all():
     tokens = {"a": tiny.rand(2, 8, 5, seed=1)}, {"a": tiny.rand(2, 8, 7, seed=2)}
-    seen = component.compress.profile._Seen(
+    seen = component.compress.measuring._Seen(
         DecoderLayer("layer", (("a",),), frozenset()), Profiling(torch.zeros(2, 8), CPU, seed=0, thinning=2)
     )
     seen.add(*tokens)
@@ -254,12 +259,22 @@ def test_thinning_leaves_every_second_token_out_of_moments_and_curves_but_scores
 @pytest.mark.parametrize(("windows", "thinning"), [(1, 1), (2, 1), (3, 2)])
 def test_small_profiles_keep_every_token(windows, thinning, monkeypatch):
     made = []
-    monkeypatch.setattr(component.compress.factor_planner, "MOMENT_TOKENS", 2 * WINDOWS.shape[1])
-    monkeypatch.setattr(component.compress.factor_planner, "make_profile", lambda *given: made.append(given[4]))
-    said = {"prune": "svd-llm", "allocation": "kl", "model": "m", "seed": 1, "profiling_mat_path": "profile"}
-    options = Namespace(profile_nsamples=windows, **said)
-    job = Namespace(options=options, windows=WINDOWS, identity={"weights": ""}, source=None)
-    profile_for(job, None, [], [Recipe(0.25, 0.5, None, 0.5, 0.3)], Means(CPU, None))
+    monkeypatch.setattr(component.compress.profile_kept, "MOMENT_TOKENS", 2 * WINDOWS.shape[1])
+    monkeypatch.setattr(component.compress.profile_kept, "make_profile", lambda *given, **_: made.append(given[2]))
+    settings = tiny.settings(allocation="kl", seed=1, profile_nsamples=windows)
+    model = tiny.build()
+    task = Task(
+        settings=settings,
+        model=model,
+        described=[],
+        modules=[],
+        text=CalibrationWindows("text", WINDOWS, WINDOWS[:0]),
+        flows=Flows(WINDOWS, whitening=1, reconstruction=1),
+        means=Means(CPU, HeldLayers(model)),
+        dtype=torch.float32,
+        profiles=Profiles(parent=Path("here"), name="m", weights=""),
+    )
+    profile_for(task, [Recipe(0.25, 0.5, None, 0.5, 0.3)])
     assert [profiling.thinning for profiling in made] == [thinning]
 
 
@@ -268,14 +283,20 @@ def test_what_is_stored_is_read_back(tmp_path):
     model = tiny.build()
     described = describe_layers(model)
     linears, scores = profiled(model)
-    profile = make_profile(tmp_path / "p", "mine", model, described, Profiling(WINDOWS, CPU, 5, (0.1, None)))
+    profile = make_profile(
+        tmp_path / "p",
+        "mine",
+        Profiling(WINDOWS, CPU, seed=5, shrinkages=(0.1, None)),
+        model=model,
+        described=described,
+    )
     for name, sensitivity in linears.items():
         gram = profile.output_gram(name, CPU)
         assert torch.equal(gram, gram.T) and gram.dtype == torch.float32
         assert tiny.relative(gram, sensitivity.output_gram) < 2**-8
         assert profile.curves(None)[name] == sensitivity.loss_curves[0].tolist()
     assert all(torch.equal(profile.token_scores(name), score) for name, score in scores.items())
-    bare = make_profile(tmp_path / "q", "mine", model, described, Profiling(WINDOWS, CPU, 5))
+    bare = make_profile(tmp_path / "q", "mine", Profiling(WINDOWS, CPU, seed=5), model=model, described=described)
     with pytest.raises(UsageError, match="output_gram"):  # which nobody asks of it
         bare.output_gram(next(iter(linears)), CPU)
 
@@ -284,30 +305,32 @@ def test_what_is_stored_is_read_back(tmp_path):
 def test_token_weights_are_scores_to_a_power_with_mean_one(count, tmp_path):
     """Windows that the profile has not seen weigh 1."""
     model = tiny.build()
-    profile = make_profile(tmp_path / "p", "mine", model, describe_layers(model), Profiling(WINDOWS, CPU, 5))
-    options = Namespace(prune="svd-llm", reconstruct_step=None, ridge=1e-3, reconstruct_nsamples=count)
+    profile = make_profile(
+        tmp_path / "p", "mine", Profiling(WINDOWS, CPU, seed=5), model=model, described=describe_layers(model)
+    )
+    settings = tiny.settings(reconstruct_nsamples=count)
     recipe = Recipe(0.25, 0.5, None, 0.5, 0.3)
     name = "model.layers.1.mlp.gate_proj"
-    weights = Planner(options, [], CPU, profile).solver(recipe).token_weights(name)
+    weights = FactorPlanner(settings, [], CPU, profile).solver(recipe).token_weights(name)
     roots = profile.token_scores(name)[:count].sqrt()
     assert weights.shape == (count, WINDOWS.shape[1])
     assert torch.equal(weights[:3], roots / roots.mean()) and (weights[3:] == 1).all()
-    assert Planner(options, [], CPU, profile).solver(replace(recipe, token_power=0.0)).token_weights is None
+    assert FactorPlanner(settings, [], CPU, profile).solver(replace(recipe, token_power=0.0)).token_weights is None
 
 
 def test_a_profile_is_reused_by_its_owner_and_refused_to_others(tmp_path):
     model = tiny.build()
     described = describe_layers(model)
-    profiling = Profiling(WINDOWS, CPU, 1, (0.3, None))
-    first = make_profile(tmp_path / "p", "mine", model, described, profiling)
+    profiling = Profiling(WINDOWS, CPU, seed=1, shrinkages=(0.3, None))
+    first = make_profile(tmp_path / "p", "mine", profiling, model=model, described=described)
     bytes_before = {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()}
-    again = make_profile(tmp_path / "p", "mine", model, described, profiling)
+    again = make_profile(tmp_path / "p", "mine", profiling, model=model, described=described)
     for shrinkage in (0.3, None):
         assert again.curves(shrinkage) == first.curves(shrinkage)
     assert first.curves(0.3) != first.curves(None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "p").iterdir()} == bytes_before
     with pytest.raises(UsageError, match="other flags, another model or other data"):
-        make_profile(tmp_path / "p", "other", model, described, profiling)
+        make_profile(tmp_path / "p", "other", profiling, model=model, described=described)
 
 
 def test_outliers_are_counted_against_the_mean_of_the_layer():

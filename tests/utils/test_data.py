@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from tests import tiny
 from utils import data
 from utils.errors import UsageError
+from utils.names import DATASETS, check_dataset
 
 TOKENS = torch.arange(1000)
 ROWS = ["first row", "", "third = row"]
@@ -23,11 +24,11 @@ def test_random_windows_start_where_the_reference_starts_them(count, length, see
     draw = random.Random(seed)
     starts = [draw.randint(0, len(TOKENS) - length - 1) for _ in range(count)]
     expected = torch.tensor([list(range(start, start + length)) for start in starts])
-    assert torch.equal(data.random_windows(TOKENS, count, length, seed), expected)
+    assert torch.equal(data.random_windows(TOKENS, count, length, seed=seed), expected)
 
 
 def test_fewer_random_windows_are_the_first_of_more():
-    assert torch.equal(data.random_windows(TOKENS, 8, 32, 3)[:5], data.random_windows(TOKENS, 5, 32, 3))
+    assert torch.equal(data.random_windows(TOKENS, 8, 32, seed=3)[:5], data.random_windows(TOKENS, 5, 32, seed=3))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_consecutive_windows_are_whole_and_in_order(length, limit, count):
     assert torch.equal(windows.flatten(), TOKENS[: count * length])
 
 
-@pytest.mark.parametrize("cut", [lambda t, n: data.random_windows(t, 2, n, 3), data.consecutive_windows])
+@pytest.mark.parametrize("cut", [lambda t, n: data.random_windows(t, 2, n, seed=3), data.consecutive_windows])
 def test_a_text_shorter_than_a_window_is_refused(cut):
     with pytest.raises(UsageError, match="the text has 1000 tokens, too few for a window of 1001"):
         cut(TOKENS, 1001)
@@ -88,7 +89,7 @@ def write_saved(folder):
 def test_a_path_serves_whole_for_both_splits(write, split, tmp_path):
     """Rows are joined by blank lines, a text file is read as it is."""
     path = write(tmp_path)
-    data.check_name(str(path))
+    check_dataset(str(path))
     assert data.read_text(str(path), split) == data.Text(str(path), JOINED)
 
 
@@ -152,12 +153,12 @@ def test_an_unreadable_path_is_refused(trouble, tmp_path):
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="wikitext2, ptb, c4, alpaca, pydoc, or a path"):
-        data.check_name("wikitext3")
+        check_dataset("wikitext3")
 
 
-@pytest.mark.parametrize("name", [*data.NAMED, None])
+@pytest.mark.parametrize("name", [*DATASETS, None])
 def test_known_names_pass(name):
-    assert data.check_name(name) is None
+    assert check_dataset(name) is None
 
 
 def test_pydoc_is_cut_in_two():
@@ -237,3 +238,11 @@ def test_a_text_is_tokenized_whole():
     tokens = data.tokenize(tiny.tokenizer(), text)
     assert tokens.dtype == torch.int64 and tokens.shape == (len(text),)
     assert tiny.tokenizer().decode(tokens) == text
+
+
+def test_calibration_windows_are_cut_as_by_hand(text_file):
+    made = data.calibration_windows(tiny.tokenizer(), str(text_file), count=3, length=16, seed=5, held_out=2)
+    tokens = data.tokenize(tiny.tokenizer(), tiny.text())
+    before, held_out = data.hold_out(tokens, 2, 16)
+    assert made.dataset == str(text_file) and torch.equal(made.held_out, held_out) and len(held_out) == 2
+    assert torch.equal(made.windows, data.random_windows(before, 3, 16, seed=5))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-import component.compress.pipeline
+import component.compress.folder
 import PIFA
 from component.checkpoint import reading as files
 from component.flow.streaming import compress_layers
@@ -102,7 +102,7 @@ def test_a_run_holds_one_layer_at_a_time_and_writes_the_same_bytes(changes, argu
 
     folders = []
     for how in (watched, whole):
-        monkeypatch.setattr(component.compress.pipeline, "open_model", how)
+        monkeypatch.setattr(component.compress.folder, "open_model", how)
         folders.append(Path(PIFA.run(arguments("m", save_path=tmp_path / how.__name__, **given))["path"]))
     assert [(type(layers), layers.now, layers.most) for layers in seen] == [(ReadLayers, 0, 1)]
     read, held = (tiny.contents(folder, (files.RECORD,)) for folder in folders)

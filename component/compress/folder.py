@@ -1,0 +1,181 @@
+"""--mode m: a dense model in, a folder of low-rank factors out, layer by layer, so that a run can be gone on with."""
+
+import contextlib
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from component.checkpoint import reading as files
+from component.checkpoint.carried import files_beside, folder_config, rest_of
+from component.checkpoint.counting import densities
+from component.checkpoint.entries import kind_of, load_layer
+from component.checkpoint.writer import CheckpointWriter
+from component.compress.estimate import Machine
+from component.compress.job import Job, Place, prepare
+from component.compress.pipeline import Pipeline, check_method, planned
+from component.compress.recipe import Recipe, as_json
+from component.compress.settings import Settings
+from component.compress.task import Profiles, Task, task_for
+from component.flow.means import Means
+from component.flow.team import Team, team_for
+from component.ranks.plan import Plan, plan_as_json
+from utils import report
+from utils.endings import one_line_endings
+from utils.placement import Shelf, free_bytes, wake
+from utils.source_weights import open_model
+from utils.whole_files import write_json
+
+log = logging.getLogger("pifa")
+
+
+@one_line_endings()
+def compress_into_folder(settings: Settings, place: Place) -> dict[str, Any]:
+    """Compress the model and write the checkpoint; returns the result record. Everything is checked before the work.
+
+    Under torchrun every process calls this, with the same flags; the first one writes.
+
+    Raises: UsageError for what can't be, RunError where numbers stop being finite.
+    """
+    with team_for(torch.device(place.device)) as (team, device):
+        watch = report.Stopwatch(device)
+        job = _prepared(settings, place, team)
+        if record := team.agreed(files.finished_record(job.folder) if team.first else None):
+            return record
+        with contextlib.ExitStack() as held:
+            writer = None
+            if team.first:
+                writer = held.enter_context(CheckpointWriter(job.folder, job.identity.hash, place.resume))
+            record = _compress(job, writer, watch=watch, team=team)
+        return team.agreed(record)
+
+
+def _prepared(settings: Settings, place: Place, team: Team) -> Job:
+    """The first process checks, and fetches what there is to fetch; the others then find its folder begun."""
+    check_method(settings, team.size)
+    if team.first:
+        job = prepare(settings, place)
+        team.wait()
+        return job
+    log.setLevel(logging.WARNING)  # one process says it all
+    team.wait()
+    return prepare(settings, replace(place, resume=True))
+
+
+def _compress(job: Job, writer: CheckpointWriter | None, *, watch: report.Stopwatch, team: Team) -> dict[str, Any]:
+    """writer: None in all processes but the first, which get no record."""
+    task = open_task(job, device=watch.device, team=team)
+    loaded = watch.seconds()
+    pipeline = planned(task)
+    profiled = watch.seconds()
+    choice = team.agreed(writer and writer.settled)
+    if choice is None:
+        recipe, tuned = pipeline.choose()
+        choice = {"recipe": as_json(recipe), "tuned": tuned}
+    if writer:
+        writer.settle(choice)
+    recipe = Recipe(**choice["recipe"])
+    plan = pipeline.planner.plan(recipe)
+    entries = pipeline.planner.entries(plan)
+    layer_seconds = _write_layers(job, pipeline, recipe=recipe, writer=writer, watch=watch)
+    if writer is None:
+        return {}
+    if not writer.finished(files.REST):
+        writer.write_behind(files.REST, rest_of(task.model, task.described))
+    _describe(job, task, plan=plan, entries=entries, writer=writer)
+    kind = kind_of(entries)
+    storage = "channels" if kind == "narrow" else job.settings.storage.name
+    return writer.seal(
+        {
+            **record_of(job, recipe, choice["tuned"]),
+            **({"processes": team.size} if team.size > 1 else {}),
+            "profile_seconds": round(profiled - loaded, 3),
+            "layer_seconds": layer_seconds,
+            **watch.readings(),
+            **densities(job.folder, entries, ranks_paid_for=storage, asked=job.settings.density),
+            "kind": kind,
+            "ranks": {module.name: plan[module.name] for module in task.modules},
+            "device": report.device_name(watch.device),
+            "versions": report.versions(),
+        }
+    )
+
+
+def open_task(job: Job, *, device: torch.device, team: Team) -> Task:
+    """The model of the job, its layers read when they are asked for, ready to be planned."""
+    shelf = Shelf.of(job.place.host_memory, job.folder.parent)
+    wake(device)
+    machine = Machine(free_bytes(device), shelf.limit, report.resident_memory())
+    model, source = open_model(job.source, job.dtype)
+    profiles = Profiles(
+        parent=job.place.save_path, name=job.source.name, weights=job.identity.weights, folder=job.place.profile
+    )
+    return task_for(
+        job.settings,
+        model,
+        source,
+        text=job.text,
+        machine=machine,
+        means=Means(device, source, shelf=shelf, team=team),
+        dtype=job.dtype,
+        profiles=profiles,
+    )
+
+
+def _write_layers(
+    job: Job, pipeline: Pipeline, *, recipe: Recipe, writer: CheckpointWriter | None, watch: report.Stopwatch
+) -> list[float]:
+    """Make every layer that is not there yet, or read it; the seconds of those that this run has solved."""
+    described, team = pipeline.task.described, pipeline.task.means.team
+    entries = pipeline.planner.entries(pipeline.planner.plan(recipe))
+    shards = [files.layer_shard(index) for index in range(len(described))]
+    done = team.agreed(writer and {shard for shard in shards if writer.finished(shard)})
+
+    def finished(index: int, layer: nn.Module) -> bool:
+        if shards[index] in done:
+            tensors = files.open_shard(job.folder / shards[index])
+            load_layer(layer, described[index], entries, tensors=tensors)
+        return shards[index] in done
+
+    layer_seconds: list[float] = []
+    before = watch.seconds()
+    for index, layer in pipeline.layers(recipe, finished):
+        if shards[index] not in done:
+            if writer:
+                tensors = {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()}
+                writer.write_behind(shards[index], tensors)
+            layer_seconds.append(round(watch.seconds() - before, 3))
+            if len(layer_seconds) == 1:
+                one, left = layer_seconds[0], len(described) - index - 1
+                log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
+        before = watch.seconds()
+    return layer_seconds
+
+
+def _describe(
+    job: Job, task: Task, *, plan: Plan, entries: dict[str, dict[str, Any]], writer: CheckpointWriter
+) -> None:
+    """Write what stands beside the shards: config, tokenizer, loader files, the plan."""
+    with tempfile.TemporaryDirectory() as temporary:
+        write_json(Path(temporary) / "plan.json", plan_as_json(plan))
+        beside = files_beside(Path(temporary), task.model, job.tokenizer)
+        writer.describe(folder_config(task.model, job.dtype, entries), beside)
+
+
+def record_of(job: Job, recipe: Recipe, tuned: list[dict[str, Any]]) -> dict[str, Any]:
+    """The part of the record that says what was done: the flags, and of what was chosen the choice."""
+    constants = as_json(recipe)
+    attention = constants.pop("attention_density")
+    return {
+        "mode": "m",
+        "command": job.place.command,
+        "path": str(job.folder),
+        **job.identity.settings,
+        **constants,
+        "attn_ratio": None if attention is None else round(1 - attention, 12),
+        **({"tuned": tuned} if tuned else {}),
+    }
