@@ -13,6 +13,7 @@ from tests import tiny
 from tests.conftest import SMALL
 from utils.errors import UsageError
 
+REPOSITORY = Path(PIFA.__file__).parent
 FLAGS = {**SMALL, "density": 0.6}
 
 
@@ -122,3 +123,18 @@ def test_what_is_done_already_or_not_yet_is_refused(model, tokenizer, text_file,
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="nothing is ever overwritten"):
         save_model(model, tokenizer, tmp_path / "there")
+
+
+def test_the_block_in_the_readme_does_what_it_says(model_folder, tmp_path, monkeypatch, capsys):
+    """As it stands there, with a tiny model's folder in place of the hub's name."""
+    text = (REPOSITORY / "README.md").read_text()
+    block = (
+        text.partition("<!-- python -->")[2].partition("<!-- /python -->")[0].strip().strip("`").removeprefix("python")
+    )
+    assert len(block.strip().splitlines()) <= 10 and "meta-llama/Llama-2-7b-hf" in block
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.replace("meta-llama/Llama-2-7b-hf", str(model_folder)), "README.md", "exec"), {})
+    ppl = float(capsys.readouterr().out.strip())
+    assert 1 < ppl < float("inf")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "results" / "llama-0.8")
+    assert any(isinstance(module, PIFALinear) for module in saved.modules())
