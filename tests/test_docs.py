@@ -156,6 +156,6 @@ def test_the_allocation_example_runs():
     modules = [Module(f"layers.{layer}.up", 96, 64, False, layer) for layer in range(5)]
     budget = Budget(modules, 0.5, PIVOTED)
     plan = namespace["front_loaded"](budget)
-    ranks = [plan[module.name] for module in modules]
+    ranks = [plan[module.name].number for module in modules]
     assert ranks[0] == ranks[1] > ranks[2] > ranks[3] == ranks[4]
-    assert sum(budget.stored(module, plan[module.name]) for module in modules) <= budget.numbers
+    assert sum(budget.stored(module, plan[module.name].number) for module in modules) <= budget.numbers

@@ -16,6 +16,7 @@ from component.channels.narrowing import narrow_plan
 from component.channels.parts import parts_of
 from component.checkpoint.writer import check_target
 from component.flow.modules import modules_of
+from component.ranks.sizes import numbers_of
 from component.solve.sensitivity import angular_influence
 from utils import data, models, report
 from utils.errors import RunError, UsageError
@@ -118,7 +119,7 @@ def run(options: Namespace) -> dict[str, Any]:
     write_influence(path, influence, settings)
     names = [(f"{layer.name}.{p.value}", f"{layer.name}.{p.down}") for layer, p in zip(described, parts, strict=True)]
     rows = [
-        [index, f"{score:.4f}", *("dense" if plan[name] is None else plan[name] for name in both)]
+        [index, f"{score:.4f}", *(plan[name].number or "dense" for name in both)]
         for index, (score, both) in enumerate(zip(influence, names, strict=True))
     ]
     print(report.markdown_table(["layer", "influence", "channels of a head", "channels of the MLP"], rows))
@@ -129,6 +130,6 @@ def run(options: Namespace) -> dict[str, Any]:
         "density_asked": options.density,
         **settings,
         "influence": influence,
-        "ranks": plan,
+        "ranks": numbers_of(plan),
         **watch.readings(),
     }

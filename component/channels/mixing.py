@@ -15,7 +15,7 @@ from component.channels.narrowing import finite, narrow_heads, narrow_mlp
 from component.channels.parts import Parts
 from component.flow.means import Flows, Means
 from component.flow.solving import LayerAtWork, solve_layer
-from component.ranks.budget import Channels
+from component.ranks.sizes import DENSE, Channels, Size
 from component.solve.moments import Moments
 from component.solve.solvers import Solver
 
@@ -36,18 +36,20 @@ class Mixing:
     weighting: Callable[[str], Tensor] | None
 
     def __call__(
-        self, layer: LayerAtWork, plan: Mapping[str, int | None], *, solver: Solver, flows: Flows, means: Means
+        self, layer: LayerAtWork, plan: Mapping[str, Size], *, solver: Solver, flows: Flows, means: Means
     ) -> None:
         """See `LayerSolver`; plan: rank or channels of each linear of the layer."""
         part = self.parts[layer.described.name]
         behind = part.output, part.down
-        now = {name: None if isinstance(n, Channels) and name not in behind else n for name, n in plan.items()}
+        now = {
+            name: DENSE if isinstance(size, Channels) and name not in behind else size for name, size in plan.items()
+        }
 
         narrow = partial(self._narrow, layer, part, solver=solver)
         solve_layer(layer, now, solver=solver, flows=flows, means=means, narrow=narrow)
 
     def _narrow(
-        self, layer: LayerAtWork, part: Parts, name: str, *, count: int, moments: Moments, solver: Solver
+        self, layer: LayerAtWork, part: Parts, name: str, *, left: int, moments: Moments, solver: Solver
     ) -> dict[str, nn.Module]:
         what = f"{layer.described.name}.{name}"
         linear = layer.small.get_submodule(name)
@@ -57,11 +59,11 @@ class Mixing:
         seen = weighted(weight, None if self.weighting is None else self.weighting(what).to(weight.device))
         fit: dict[str, Any] = {"damping": self.damping, "what": what}
         if name == part.down:
-            chosen = channel_order(seen, gram, **fit)[:count].sort().values
+            chosen = channel_order(seen, gram, **fit)[:left].sort().values
             fitted = compensated(weight, target, gram, kept=chosen, **fit)
             return narrow_mlp(layer.small, part, chosen=chosen, down_weight=fitted, dtype=layer.dtype)
         heads = {"query_heads": part.query_heads, "heads": part.heads}
-        bases = reading_axes(head_blocks(gram, **heads), head_metric(seen, **heads), count, what=what)
+        bases = reading_axes(head_blocks(gram, **heads), head_metric(seen, **heads), left, what=what)
         fitted = narrow_output(weight, target, gram, bases=bases, **fit)
         finished = narrow_heads(layer.small, part, bases=bases, output_weight=fitted, dtype=layer.dtype)
         layer.small.set_submodule(name, _InBases(finished[name], bases))

@@ -24,8 +24,9 @@ from component.flow.means import Flows, Means
 from component.flow.solving import LayerAtWork, add_moments
 from component.format.narrow import PaddedHeads, PickedHeads
 from component.ranks.allocation import balanced
-from component.ranks.budget import Budget, Channels, Module, Plan
+from component.ranks.budget import Budget, Module
 from component.ranks.cost import LOW_RANK
+from component.ranks.sizes import DENSE, Channels, Plan, Size
 from component.solve.moments import Moments
 from component.solve.reconstruction import target_moment
 from component.solve.solvers import Solver
@@ -43,7 +44,7 @@ def narrow_plan(
     density: float,
     influence: Sequence[float],
 ) -> Plan:
-    """Module -> channels kept: of each head for values and output, of the MLP for the rest; None is dense.
+    """Channels that are left: of each head for values and output, of the MLP for the other three.
 
     The narrowed linears of a layer keep a share in proportion to its influence, capped at all (IPRS); other linears
     stay dense, and the shares make up for them. What rounding frees in the heads goes to the MLP.
@@ -60,7 +61,7 @@ def narrow_plan(
         )
     shares = balanced(Budget(these, left * total / free, LOW_RANK, influence=influence), lambda m: influence[m.layer])
     numbers = {module.name: module.numbers for module in modules}
-    plan: Plan = dict.fromkeys((module.name for module in modules), None)
+    plan: Plan = dict.fromkeys((module.name for module in modules), DENSE)
     for layer, part in zip(described, parts, strict=True):
         attention, mlp = ([f"{layer.name}.{name}" for name in names] for names in (part.attention, part.mlp))
         share = shares[attention[0]]
@@ -71,8 +72,8 @@ def narrow_plan(
         kept = min(int((budget - width * per_width) / per_channel), part.channels)
         if kept < 1:
             raise UsageError(f"density {density:g} leaves the MLP of {layer.name} no channel: raise it")
-        plan.update(dict.fromkeys(attention, Channels(width) if width < part.head_dim else None))
-        plan.update(dict.fromkeys(mlp, Channels(kept) if kept < part.channels else None))
+        plan.update(dict.fromkeys(attention, Channels(width) if width < part.head_dim else DENSE))
+        plan.update(dict.fromkeys(mlp, Channels(kept) if kept < part.channels else DENSE))
     return plan
 
 
@@ -90,26 +91,26 @@ class Narrowing:
     damping: float
 
     def __call__(
-        self, layer: LayerAtWork, plan: Mapping[str, int | None], *, solver: Solver, flows: Flows, means: Means
+        self, layer: LayerAtWork, plan: Mapping[str, Size], *, solver: Solver, flows: Flows, means: Means
     ) -> None:
         """See `LayerSolver`. The MLP sees what the narrow attention writes."""
         part = self.parts[layer.described.name]
-        width, kept = plan[part.value], plan[part.down]
-        stops = {name: None for name, wanted in ((part.value, width), (part.down, kept)) if wanted is not None}
+        width, channels = plan[part.value], plan[part.down]
+        stops = {name: None for name in (part.value, part.down) if isinstance(plan[name], Channels)}
         finished: dict[str, nn.Module] = {}
         with layer.passes(stops, means) as (dense_flow, flow):
-            if width is not None:
+            if isinstance(width, Channels):
                 moment, start = None, layer.first
                 for _, stop in zip(dense_flow.at(part.value), flow.at(part.value), strict=True):
                     moment = _add_values(moment, layer.small, part, stop=stop, limit=flows.reconstruction - start)
                     start += stop.windows
-                self._narrow_heads(layer, part, moment, width=width)
-            if kept is not None:
+                self._narrow_heads(layer, part, moment, width=width.left)
+            if isinstance(channels, Channels):
                 moments, start = Moments(), layer.first
                 for dense_stop, stop in zip(dense_flow.at(part.down), flow.at(part.down), strict=True):
                     add_moments(moments, dense_stop, stop, solver=solver, flows=flows, weights=None, start=start)
                     start += dense_stop.windows
-                finished = self._narrow_mlp(layer, part, moments, kept=kept)
+                finished = self._narrow_mlp(layer, part, moments, left=channels.left)
             for passes, batches in zip((dense_flow, flow), layer.batches(means.batch), strict=True):
                 for states, output in zip(batches, passes.outputs(), strict=True):
                     states.copy_(output)
@@ -125,11 +126,11 @@ class Narrowing:
         for name, module in narrow.items():
             layer.small.set_submodule(name, module)
 
-    def _narrow_mlp(self, layer: LayerAtWork, part: Parts, moments: Moments, *, kept: int) -> dict[str, nn.Module]:
+    def _narrow_mlp(self, layer: LayerAtWork, part: Parts, moments: Moments, *, left: int) -> dict[str, nn.Module]:
         what = f"{layer.described.name}.{part.down}"
         gram, down = moments.gram, layer.small.get_submodule(part.down)
         assert gram is not None and isinstance(down, nn.Linear)
-        chosen = most_telling(leverage_scores(finite(gram, what), LEVERAGE_RIDGE), kept)
+        chosen = most_telling(leverage_scores(finite(gram, what), LEVERAGE_RIDGE), left)
         target = target_moment(down.weight, gram, moments.cross, mix_ratio=self.mix_ratio)
         weight = compensated(down.weight, target, gram, kept=chosen, damping=self.damping, what=what)
         return narrow_mlp(layer.small, part, chosen=chosen, down_weight=weight, dtype=layer.dtype)
@@ -225,18 +226,17 @@ def narrow_entries(
     modules: Sequence[Module], described: Sequence[DecoderLayer], parts: Sequence[Parts], *, plan: Plan
 ) -> dict[str, dict[str, Any]]:
     """The `layers` of the quantization config (see integration.py); features are those of the dense model."""
-    ranks = {name: None if isinstance(rank, Channels) else rank for name, rank in plan.items()}
-    entries = layer_entries(modules, ranks)
+    entries = layer_entries(modules, plan)
     for module in modules:
         layer, part = described[module.layer], parts[module.layer]
-        role, kept, entry = module.name.removeprefix(f"{layer.name}."), plan[module.name], entries[module.name]
-        if not isinstance(kept, Channels):
+        role, size, entry = module.name.removeprefix(f"{layer.name}."), plan[module.name], entries[module.name]
+        if not isinstance(size, Channels):
             continue
         if role == part.value:
-            entry |= {"kind": "narrow_out", "heads": part.heads, "width": int(kept)}
+            entry |= {"kind": "narrow_out", "heads": part.heads, "width": size.left}
         elif role == part.output:
-            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": int(kept)}
+            entry |= {"kind": "narrow_in", "heads": part.query_heads, "width": size.left}
         else:
-            entry["kept_in" if role == part.down else "kept_out"] = int(kept)
+            entry["kept_in" if role == part.down else "kept_out"] = size.left
         entry["rank"] = min(stored_shape(entry))
     return entries

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from component.format.integration import made_of
-from component.ranks.budget import Module, Plan
+from component.ranks.budget import Module
+from component.ranks.sizes import Plan, Rank
 from utils.layers import DecoderLayer
 
 
@@ -23,13 +24,13 @@ def load_layer(
 
 
 def layer_entries(modules: Sequence[Module], plan: Plan) -> dict[str, dict[str, Any]]:
-    """The `layers` of the quantization config."""
+    """The `layers` of the quantization config; a linear with fewer channels is as if dense (see narrow_entries)."""
     entries: dict[str, dict[str, Any]] = {}
     for module in modules:
-        rank = plan[module.name]
+        size = plan[module.name]
         entries[module.name] = {
-            "kind": "dense" if rank is None else "lowrank",
-            "rank": min(module.d_out, module.d_in) if rank is None else rank,
+            "kind": "lowrank" if isinstance(size, Rank) else "dense",
+            "rank": size.rank if isinstance(size, Rank) else min(module.d_out, module.d_in),
             "in_features": module.d_in,
             "out_features": module.d_out,
         }

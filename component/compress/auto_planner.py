@@ -13,8 +13,8 @@ from component.compress.factor_planner import FactorPlanner
 from component.compress.recipe import Recipe
 from component.compress.settings import Settings
 from component.flow.solving import LayerSolver
-from component.ranks.budget import Channels, Plan
 from component.ranks.by_loss import Block, by_loss_and_form
+from component.ranks.sizes import Channels, Plan
 from component.solve.names import AUTO, EXACT, FACTORING, NARROWING
 from component.solve.solvers import Solver
 from utils.errors import UsageError
@@ -33,7 +33,7 @@ class AutoPlanner:
     def kinds(self, start: Recipe) -> list[Recipe]:
         """The mixture only where some block is narrower in it."""
         recipes = [replace(start, form=form) for form in FORMS]
-        mixes = any(isinstance(rank, Channels) for rank in self.plan(recipes[-1]).values())
+        mixes = any(isinstance(size, Channels) for size in self.plan(recipes[-1]).values())
         return recipes if mixes else recipes[:-1]
 
     def plan(self, recipe: Recipe) -> Plan:

@@ -10,7 +10,8 @@ from component.channels.parts import Parts, parts_of
 from component.compress.recipe import Recipe
 from component.compress.settings import Settings
 from component.compress.task import Task
-from component.ranks.budget import Module, Plan
+from component.ranks.budget import Module
+from component.ranks.sizes import Plan
 from component.solve.names import NARROWING
 from component.solve.solvers import Solver, make_solver
 from utils.errors import UsageError

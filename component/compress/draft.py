@@ -11,6 +11,7 @@ from component.compress.recipe import Recipe, as_json
 from component.compress.task import Task
 from component.flow.means import Flows
 from component.flow.streaming import Compression, compress_layers
+from component.ranks.sizes import numbers_of
 
 DRAFT_WINDOWS = 8
 
@@ -41,7 +42,7 @@ def draft_of(task: Task, recipe: Recipe, *, planner: Planner, profile: Profile, 
     layers = [layer.cpu() for _, layer in driver]
     identity = {
         "profile": profile.identity,
-        "plan": plan,
+        "plan": numbers_of(plan),
         "recipe": as_json(recipe),
         "prune": task.settings.prune,
         "step": task.settings.reconstruct_step,

@@ -17,8 +17,9 @@ from component.compress.recipe import ATTENTION_STEP, Recipe
 from component.compress.settings import Settings
 from component.compress.task import Task
 from component.ranks.allocation import ALLOCATIONS, attention_range
-from component.ranks.budget import Budget, Module, Plan
+from component.ranks.budget import Budget, Module
 from component.ranks.plan import read_plan
+from component.ranks.sizes import Plan
 from component.solve.sensitivity import output_weighting
 from component.solve.solvers import Solver, make_solver
 from utils.errors import UsageError

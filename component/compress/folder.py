@@ -98,7 +98,7 @@ def _compress(job: Job, writer: CheckpointWriter | None, *, watch: report.Stopwa
             **watch.readings(),
             **densities(job.folder, entries, ranks_paid_for=storage, asked=job.settings.density),
             "kind": kind,
-            "ranks": {module.name: plan[module.name] for module in task.modules},
+            "ranks": {module.name: plan[module.name].number for module in task.modules},
             "device": report.device_name(watch.device),
             "versions": report.versions(),
         }

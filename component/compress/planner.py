@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from component.compress.recipe import Recipe
 from component.flow.solving import LayerSolver
-from component.ranks.budget import Plan
+from component.ranks.sizes import Plan
 from component.solve.solvers import Solver
 
 

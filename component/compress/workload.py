@@ -79,6 +79,6 @@ def work_of(settings: Settings, modules: list[Module], flows: Flows, *, batch: i
         profiled=min(settings.profile_nsamples, len(flows.windows)) * length if profiles else 0,
         square=solver.needs_dense_gram + solver.needs_gram + solver.needs_cross,
         drift=int(solver.needs_drift),
-        stored=sum(LOW_RANK.stored(ranks[module.name], module.d_out, module.d_in) for module in modules),
+        stored=sum(LOW_RANK.stored(ranks[module.name].number, module.d_out, module.d_in) for module in modules),
         weighted=recipe.output_shrinkage is not None,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from component.flow.lockstep import Lockstep, Stop, lockstep
 from component.flow.means import Flows, Means
 from component.format.linear import LowRankLinear
-from component.ranks.budget import Channels
+from component.ranks.sizes import DENSE, Channels, Rank, Size
 from component.solve.moments import Moments, add_gram, add_magnitude, add_product
 from component.solve.solvers import Solver
 from utils.errors import RunError
@@ -60,7 +60,7 @@ class LayerSolver(Protocol):
     """What changes a layer. `solve_layer` is one; others are in the room `channels`."""
 
     def __call__(
-        self, layer: LayerAtWork, plan: Mapping[str, int | None], *, solver: Solver, flows: Flows, means: Means
+        self, layer: LayerAtWork, plan: Mapping[str, Size], *, solver: Solver, flows: Flows, means: Means
     ) -> None:
         """Change the small layer, and replace the hidden states of both flows by the layers' outputs.
 
@@ -71,16 +71,17 @@ class LayerSolver(Protocol):
 class Narrow(Protocol):
     """What takes a linear that gets fewer channels in the midst of `solve_layer`."""
 
-    def __call__(self, name: str, *, count: int, moments: Moments) -> dict[str, nn.Module]:
+    def __call__(self, name: str, *, left: int, moments: Moments) -> dict[str, nn.Module]:
         """Returns what belongs into the layer once the passes are through, by name in it.
 
-        Before the passes that wait, it may put a stand-in. moments: of the linear's input.
+        left: channels that the linear is to read. moments: of its input. It may put a stand-in before the passes that
+        wait.
         """
 
 
 def solve_layer(
     layer: LayerAtWork,
-    plan: Mapping[str, int | None],
+    plan: Mapping[str, Size],
     *,
     solver: Solver,
     flows: Flows,
@@ -93,7 +94,7 @@ def solve_layer(
     """
     team, small, described = means.team, layer.small, layer.described
     finished: dict[str, nn.Module] = {}
-    groups = [group for group in described.groups if any(plan[name] is not None for name in group)]
+    groups = [group for group in described.groups if any(plan[name] is not DENSE for name in group)]
     stops = {group[0]: described.residuals.get(group[0]) if solver.needs_drift else None for group in groups}
     batches = layer.batches(means.batch)
     with layer.passes(stops, means) as (dense_flow, flow):
@@ -101,17 +102,18 @@ def solve_layer(
             low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None, len(batches[0]))
             moments = _gathered(layer, group[0], dense_flow.at(group[0]), low_rank, solver=solver, flows=flows)
             team.add_up(moments, layer.device)
-            found = {}
+            solved = {}
             mine = [name for number, name in enumerate(group) if number % team.size == team.rank]
             for name in mine:
-                rank = plan[name]
-                if narrow and isinstance(rank, Channels):
-                    finished |= narrow(name, count=rank, moments=moments)
-                elif rank is not None:
-                    found[name] = _solved(layer, name, rank, solver=solver, moments=moments)
+                match plan[name]:
+                    case Rank(rank):
+                        solved[name] = _solved(layer, name, rank, solver=solver, moments=moments)
+                    case Channels(left):
+                        assert narrow is not None
+                        finished |= narrow(name, left=left, moments=moments)
             for number, name in enumerate(group):
-                if plan[name] is not None and not isinstance(plan[name], Channels):
-                    _replace(layer, name, team.factors(found.get(name), number % team.size, layer.device))
+                if isinstance(plan[name], Rank):
+                    _replace(layer, name, team.factors(solved.get(name), number % team.size, layer.device))
         # what has gone through a stand-in is not what the finished layer gives, to the last bit
         for passes, parts in zip((dense_flow, flow), batches[:1] if finished else batches, strict=False):
             for part, output in zip(parts, passes.outputs(), strict=True):

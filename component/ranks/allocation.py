@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from component.ranks.budget import Budget, Module, Plan, plan_of
+from component.ranks.budget import Budget, Module, plan_of
 from component.ranks.by_loss import asvd, by_loss
+from component.ranks.sizes import Plan
 from utils.errors import UsageError
 
 OWL_BAND = 0.08  # lambda of OWL

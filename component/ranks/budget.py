@@ -4,16 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from component.ranks.cost import StorageFormat
+from component.ranks.sizes import Plan, Rank
 from utils.errors import UsageError
 
 RANK_FLOOR = 0.3  # of the uniform rank
 ROUNDING = 1 + 1e-12  # a hair above the product: 0.3 * 10 is 3.0000000000000004 or 2.9999999999999996, by luck
-
-Plan = dict[str, int | None]  # module name -> rank, None where the module stays dense
-
-
-class Channels(int):
-    """In a plan in place of a rank: how many channels are left, of each head or of the MLP."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,13 @@ def plan_of(budget: Budget, density_of: Callable[[Module], float]) -> Plan:
 
     Raises: UsageError naming the first module whose density pays for no rank.
     """
-    plan: Plan = {}
+    ranks: dict[str, int | None] = {}
     for module in budget.modules:
         rank = rank_of(budget, module, density_of(module))
-        plan[module.name] = None if rank is None else rounded_down(rank, budget.rank_multiple)
+        ranks[module.name] = None if rank is None else rounded_down(rank, budget.rank_multiple)
     if budget.rank_multiple > 1:
-        _hand_on(budget, plan, {module.name: density_of(module) * module.numbers for module in budget.modules})
-    return plan
+        _hand_on(budget, ranks, {module.name: density_of(module) * module.numbers for module in budget.modules})
+    return {name: Rank.or_dense(rank) for name, rank in ranks.items()}
 
 
 def rounded_down(rank: int, multiple: int) -> int:
@@ -88,25 +83,25 @@ def rounded_down(rank: int, multiple: int) -> int:
     return rank if rank < multiple else rank - rank % multiple
 
 
-def _hand_on(budget: Budget, plan: Plan, asked: Mapping[str, float]) -> None:
+def _hand_on(budget: Budget, ranks: dict[str, int | None], asked: Mapping[str, float]) -> None:
     """Spend what rounding freed, in place, a multiple at a time, first on the module that is furthest below its share.
 
     asked: the numbers of each module's share. A module whose next multiple would cost as much as dense becomes dense.
     """
-    rest = budget.numbers - sum(budget.stored(module, plan[module.name]) for module in budget.modules)
+    rest = budget.numbers - sum(budget.stored(module, ranks[module.name]) for module in budget.modules)
     while True:
         raised = {}  # module -> its next rank, where that can be paid
         for module in budget.modules:
-            rank = plan[module.name]
+            rank = ranks[module.name]
             if rank is not None:
                 above = _next_rank(budget, module, rank)
                 if budget.stored(module, above) - budget.stored(module, rank) <= rest:
                     raised[module] = above
         if not raised:
             return
-        neediest = max(raised, key=lambda m: 1 - budget.stored(m, plan[m.name]) / asked[m.name])
-        rest -= budget.stored(neediest, raised[neediest]) - budget.stored(neediest, plan[neediest.name])
-        plan[neediest.name] = raised[neediest]
+        neediest = max(raised, key=lambda m: 1 - budget.stored(m, ranks[m.name]) / asked[m.name])
+        rest -= budget.stored(neediest, raised[neediest]) - budget.stored(neediest, ranks[neediest.name])
+        ranks[neediest.name] = raised[neediest]
 
 
 def _next_rank(budget: Budget, module: Module, rank: int) -> int | None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from component.ranks.budget import Budget, Channels, Module, Plan, rank_of, rounded_down
+from component.ranks.budget import Budget, Module, rank_of, rounded_down
+from component.ranks.sizes import DENSE, Channels, Plan, Rank, Size
 from utils.errors import UsageError
 
 PRICE_BISECTIONS = 100
@@ -34,7 +35,7 @@ def by_loss(budget: Budget) -> Plan:
     """
     choices = {module.name: _ranks_from_floor(module, budget) for module in budget.modules}
     price = _price(budget, lambda price: _spent(choices, _at_price(choices, price)))
-    return _plan(budget, choices, _at_price(choices, price))
+    return _plan(_settled(budget, choices, _at_price(choices, price)))
 
 
 class Block(NamedTuple):
@@ -68,12 +69,14 @@ def by_loss_and_form(budget: Budget, blocks: Sequence[Block]) -> Plan:
 
     price = _price(budget, spent)
     found = chosen(price)
-    plan = _plan(budget, found, _at_price(found, price))
+    numbers_left = _settled(budget, found, _at_price(found, price))
+    sizes: dict[str, Size] = {}
     for block in blocks:
-        if _key(block) in plan:
-            kept = plan.pop(_key(block))
-            plan |= dict.fromkeys(block.names, None if kept is None else Channels(kept))
-    return {module.name: plan[module.name] for module in budget.modules}
+        if _key(block) in numbers_left:
+            left = numbers_left.pop(_key(block))
+            sizes |= dict.fromkeys(block.names, DENSE if left is None else Channels(left))
+    sizes |= _plan(numbers_left)
+    return {module.name: sizes[module.name] for module in budget.modules}
 
 
 def _key(block: Block) -> str:
@@ -111,7 +114,7 @@ def asvd(budget: Budget) -> Plan:
         middle = (low + high) // 2
         fits = _spent(choices, _below(choices, thresholds[middle])) <= budget.numbers
         low, high = (low, middle) if fits else (middle + 1, high)
-    return _plan(budget, choices, _below(choices, thresholds[high]))
+    return _plan(_settled(budget, choices, _below(choices, thresholds[high])))
 
 
 def _ranks_from_floor(module: Module, budget: Budget) -> Choices:
@@ -173,14 +176,15 @@ def _spent(choices: Mapping[str, Choices], chosen: Mapping[str, int]) -> float:
     return sum(c.numbers[chosen[name]] for name, c in choices.items())
 
 
-def _plan(budget: Budget, choices: Mapping[str, Choices], chosen: dict[str, int]) -> Plan:
-    """The chosen ranks, after what they leave of the budget is spent."""
+def _plan(ranks: Mapping[str, int | None]) -> Plan:
+    return {name: Rank.or_dense(rank) for name, rank in ranks.items()}
+
+
+def _settled(budget: Budget, choices: Mapping[str, Choices], chosen: dict[str, int]) -> dict[str, int | None]:
+    """The chosen ranks or channels, None for dense, after what they leave of the budget is spent."""
     _spend_rest(choices, chosen, budget.numbers - _spent(choices, chosen))
-    plan: Plan = {}
-    for name, c in choices.items():
-        dense = chosen[name] == len(c.ranks) - 1
-        plan[name] = None if dense else int(c.ranks[chosen[name]])
-    return plan
+    last = {name: len(c.ranks) - 1 for name, c in choices.items()}
+    return {n: None if chosen[n] == last[n] else int(c.ranks[chosen[n]]) for n, c in choices.items()}
 
 
 def _spend_rest(choices: Mapping[str, Choices], chosen: dict[str, int], rest: float) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from component.ranks.budget import Channels, Module, Plan
+from component.ranks.budget import Module
+from component.ranks.sizes import DENSE, Channels, Dense, Plan, Rank, Size
 from utils.errors import UsageError
 
 FORMAT_VERSION = 1
@@ -38,16 +39,21 @@ def read_plan(path: Path, modules: Sequence[Module]) -> Plan:
         rank = layers[module.name]
         if rank != "dense" and not (type(rank) is int and 1 <= rank <= min(module.d_out, module.d_in)):
             raise UsageError(f'{path}: {module.name} takes "dense" or 1..{min(module.d_out, module.d_in)}, not {rank}')
-        plan[module.name] = None if rank == "dense" else rank
+        plan[module.name] = DENSE if rank == "dense" else Rank(rank)
     return plan
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """What read_plan reads, unless it has channels."""
 
-    def said(rank: int | None) -> Any:
-        if isinstance(rank, Channels):
-            return {"channels": int(rank)}
-        return "dense" if rank is None else rank
+    return {"format_version": FORMAT_VERSION, "layers": {name: _as_json(size) for name, size in plan.items()}}
 
-    return {"format_version": FORMAT_VERSION, "layers": {name: said(rank) for name, rank in plan.items()}}
+
+def _as_json(size: Size) -> int | str | dict[str, int]:
+    match size:
+        case Rank(rank):
+            return rank
+        case Channels(left):
+            return {"channels": left}
+        case Dense.DENSE:
+            return "dense"

@@ -30,6 +30,7 @@ from component.flow.modules import modules_of
 from component.flow.streaming import Compression, compress_layers
 from component.format.narrow import PaddedHeads, PickedHeads
 from component.ranks.cost import PIVOTED
+from component.ranks.sizes import DENSE, Channels
 from component.solve.solvers import make_solver
 from tests import tiny
 from tests.checkpoint.test_checkpoint import elsewhere
@@ -73,9 +74,9 @@ def test_all_channels_give_the_dense_model(family):
     parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
     plan = {}
     for layer, part in zip(described, parts, strict=True):
-        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in layer.linears()), None)
-        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in part.attention), part.head_dim)
-        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in part.mlp), part.channels)
+        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in layer.linears()), DENSE)
+        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in part.attention), Channels(part.head_dim))
+        plan |= dict.fromkeys((f"{layer.name}.{name}" for name in part.mlp), Channels(part.channels))
     weights = [model.get_submodule(f"{d.name}.{p.value}").weight.clone() for d, p in zip(described, parts, strict=True)]
     _, model = narrowed(model, 1.0, plan=plan)
     assert relative(model(WINDOWS).logits, before) < 1e-10
@@ -90,9 +91,9 @@ def test_biases_of_values_and_output():
     before = model(WINDOWS).logits
     described = describe_layers(model)
     part = parts_of(model.get_submodule(described[0].name), described[0])
-    plan = {f"{layer.name}.{name}": None for layer in described for name in layer.linears()}
-    plan |= {f"{layer.name}.{name}": part.head_dim for layer in described for name in part.attention}
-    plan |= {f"{layer.name}.{name}": part.channels for layer in described for name in part.mlp}
+    plan = {f"{layer.name}.{name}": DENSE for layer in described for name in layer.linears()}
+    plan |= {f"{layer.name}.{name}": Channels(part.head_dim) for layer in described for name in part.attention}
+    plan |= {f"{layer.name}.{name}": Channels(part.channels) for layer in described for name in part.mlp}
     assert relative(narrowed(model, 1.0, plan=plan)[1](WINDOWS).logits, before) < 1e-10
 
 
@@ -179,7 +180,7 @@ def test_plans_spend_the_density_and_no_more(family, density):
     stored = sum(stored_as(entry, PIVOTED) for entry in entries.values()) / sum(module.numbers for module in modules)
     assert density - 0.02 < stored <= density
     first, last = (plan[f"{layer.name}.{part.down}"] for layer, part in zip(described, parts, strict=True))
-    assert (first or parts[0].channels) > last
+    assert (first.number or parts[0].channels) > last.number
 
 
 def test_a_density_below_what_stays_dense_is_refused():
@@ -336,7 +337,7 @@ def test_layers_are_fitted_to_what_reaches_them(mix_ratio):
     z, z_dense, weight = activations(mixed), activations(dense), original.down_proj.weight
     moment = gram_of(z)
     target = weight @ (mix_ratio * z_dense @ z.T + (1 - mix_ratio) * moment)
-    kept = most_telling(leverage_scores(moment, 1.0), plan[f"{name}.down_proj"])
+    kept = most_telling(leverage_scores(moment, 1.0), plan[f"{name}.down_proj"].left)
     assert relative(found.down_proj.weight, compensated(weight, target, moment, kept=kept, damping=1e-6)) < 1e-4
     assert torch.equal(found.up_proj.weight, original.up_proj.weight[kept])
     assert torch.equal(found.gate_proj.weight, original.gate_proj.weight[kept])

@@ -32,9 +32,10 @@ from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
 from component.format.linear import LowRankLinear, PIFALinear
 from component.format.narrow import PaddedHeads, PickedHeads
-from component.ranks.budget import Budget, Channels, Module
+from component.ranks.budget import Budget, Module
 from component.ranks.by_loss import Block, by_loss, by_loss_and_form
 from component.ranks.cost import PIVOTED
+from component.ranks.sizes import DENSE, Channels, Rank
 from component.solve.solvers import make_solver
 from tests import tiny
 from tests.tiny import gram_of, rand, relative
@@ -46,7 +47,7 @@ HEADS, QUERY_HEADS, HEAD_DIM = 2, 4, 8
 
 
 def mixed(model, ranks, mix_ratio=0.25, ridge=1e-6):
-    """(plan, the model with its layers made by Mixing). ranks(name): rank, Channels or None of a linear."""
+    """(plan, the model with its layers made by Mixing). ranks(name): Rank, Channels or DENSE of a linear."""
     described = describe_layers(model)
     parts = {layer.name: parts_of(model.get_submodule(layer.name), layer) for layer in described}
     plan = {f"{layer.name}.{name}": ranks(name) for layer in described for name in layer.linears()}
@@ -176,7 +177,7 @@ def test_the_form_that_loses_less_is_taken_within_the_budget(start, narrow):
     assert list(plan) == [m.name for m in MODULES]
     if narrow:
         assert len({plan[name] for name in BLOCK}) == 1
-        spent = 3 * 40 * plan["a"] + PIVOTED.stored(plan["q"], 40, 40)
+        spent = 3 * 40 * plan["a"].left + PIVOTED.stored(plan["q"].number, 40, 40)
         assert 0.65 * 6400 < spent <= 0.7 * 6400
     else:
         assert plan == by_loss(budget)
@@ -185,7 +186,7 @@ def test_the_form_that_loses_less_is_taken_within_the_budget(start, narrow):
 def test_channels_come_in_multiples_too():
     budget = Budget(MODULES, 0.7, PIVOTED, curves={m.name: falling(1.0, 40) for m in MODULES}, rank_multiple=8)
     plan = by_loss_and_form(budget, [Block(BLOCK, falling(1e-9, 40))])
-    assert isinstance(plan["a"], Channels) and plan["a"] % 8 == 0
+    assert isinstance(plan["a"], Channels) and plan["a"].left % 8 == 0
 
 
 def test_a_price_can_have_one_block_narrow_and_another_not():
@@ -206,7 +207,7 @@ def test_all_channels_beside_full_ranks_give_the_dense_model(family):
     part = parts_of(model.model.layers[0], describe_layers(model)[0])
     counts = {part.value: Channels(part.head_dim), part.output: Channels(part.head_dim)}
     counts |= dict.fromkeys(part.mlp, Channels(part.channels))
-    _, model = mixed(model, lambda name: counts.get(name))
+    _, model = mixed(model, lambda name: counts.get(name, DENSE))
     assert relative(model(WINDOWS).logits, before) < 1e-10
     assert isinstance(model.model.layers[1].self_attn.v_proj, PaddedHeads)
     assert isinstance(model.model.layers[1].self_attn.o_proj, PickedHeads)
@@ -215,7 +216,7 @@ def test_all_channels_beside_full_ranks_give_the_dense_model(family):
 def test_factors_and_channels_in_one_layer():
     def ranks(count, name):
         heads = dict.fromkeys(("v_proj", "o_proj"), Channels(count))
-        return {"q_proj": 30, "k_proj": 20, **heads}.get(name.rsplit(".")[-1], 40)
+        return {"q_proj": Rank(30), "k_proj": Rank(20), **heads}.get(name.rsplit(".")[-1], Rank(40))
 
     errors = []
     for count in (5, 11, 15):
@@ -232,7 +233,7 @@ def test_the_last_projection_is_fitted_to_what_reaches_it():
     """The target that factors have: the mixture of the flows, and half of the drift of the stream."""
 
     def ranks(name):
-        return Channels(60) if "mlp" in name else 50
+        return Channels(60) if "mlp" in name else Rank(50)
 
     name, dense = "model.layers.1.mlp", tiny.build().double()
     _, model = mixed(tiny.build().double(), ranks, 0.25)

@@ -17,6 +17,7 @@ from component.compress.recipe import VALUES, Recipe, candidates, choose, tunabl
 from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
 from component.ranks.budget import RANK_FLOOR
+from component.ranks.sizes import Rank
 from component.solve.solvers import make_solver
 from tests import tiny
 from utils.errors import RunError
@@ -48,7 +49,7 @@ def test_the_held_out_perplexity_of_the_models_own_layers_is_the_models(family, 
 def test_layers_from_the_driver_are_judged_as_the_finished_model_is():
     model = tiny.build()
     described = describe_layers(model)
-    plan = {f"{layer.name}.{name}": 9 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(9) for layer in described for name in layer.linears()}
     flows = Flows(tiny.token_windows(4, 32, seed=1), whitening=4, reconstruction=4)
     compression = Compression(plan, make_solver("svd-llm", None, mix_ratio=0.25), dtype=torch.float32)
 

@@ -8,6 +8,7 @@ import torch
 from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
 from component.flow.team import team_for
+from component.ranks.sizes import Rank
 from component.solve.moments import Moments
 from component.solve.solvers import Solver, make_solver
 from tests import tiny
@@ -30,7 +31,7 @@ def compress(team, kind: str) -> tuple[dict[str, Moments], dict[str, torch.Tenso
     needs = {key: value for key, value in vars(inner).items() if key.startswith("needs_")}
     model = tiny.build()
     described = describe_layers(model)
-    plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(8) for layer in described for name in layer.linears()}
     weights = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
     solver = Solver(solve, **needs, token_weights=(lambda name: weights) if kind == "exact" else None)
     flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=6)

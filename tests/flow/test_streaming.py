@@ -12,6 +12,7 @@ from component.flow.refinement import relative_error
 from component.flow.solving import add_moments
 from component.flow.streaming import Compression, Refinement, compress_layers
 from component.format.linear import LowRankLinear
+from component.ranks.sizes import DENSE, Plan, Rank
 from component.solve.moments import Moments
 from component.solve.names import FACTORING, default_step
 from component.solve.reconstruction import EXACT_DAMPING, PAPER_RIDGE, exact_factors
@@ -38,12 +39,12 @@ METHODS = {
 }
 
 
-def ranks_of(described) -> dict[str, int | None]:
+def ranks_of(described) -> Plan:
     """Ranks that differ from module to module; the first o_proj and a whole group of the second layer stay dense."""
     names = [f"{layer.name}.{name}" for layer in described for name in layer.linears()]
-    plan: dict[str, int | None] = {name: 8 + 3 * (index % 5) for index, name in enumerate(names)}
+    plan: Plan = {name: Rank(8 + 3 * (index % 5)) for index, name in enumerate(names)}
     dense = ("layers.0.self_attn.o_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.up_proj")
-    return {name: None if name.endswith(dense) else rank for name, rank in plan.items()}
+    return {name: DENSE if name.endswith(dense) else size for name, size in plan.items()}
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -110,8 +111,8 @@ def brute_force(model: nn.Module, described, plan, method: str) -> dict[str, tup
             for name in names:
                 linear = small.get_submodule(name)
                 inputs = dense_inputs[name], low_rank_inputs[name]
-                if plan[name] is not None:
-                    linear.weight.copy_(by_hand(method, linear.weight.double(), *inputs, plan[name]))
+                if plan[name] is not DENSE:
+                    linear.weight.copy_(by_hand(method, linear.weight.double(), *inputs, plan[name].number))
                 results[name] = linear.weight.double(), low_rank_inputs[name]
     return results
 
@@ -171,12 +172,12 @@ def test_only_planned_linears_are_replaced_and_the_model_stays_as_it_was(family)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for index, layer in enumerate(described):
         for name in layer.linears():
-            rank, module = plan[f"{layer.name}.{name}"], layers[index].get_submodule(name)
+            size, module = plan[f"{layer.name}.{name}"], layers[index].get_submodule(name)
             original = model.get_submodule(f"{layer.name}.{name}")
-            if rank is None:
+            if size is DENSE:
                 assert type(module) is nn.Linear and torch.equal(module.weight, original.weight)
             else:
-                assert isinstance(module, LowRankLinear) and module.rank == rank
+                assert isinstance(module, LowRankLinear) and Rank(module.rank) == size
                 assert {tensor.dtype for tensor in module.state_dict().values()} == {torch.bfloat16}
             assert (module.bias is None) == (original.bias is None)
             assert module.bias is None or torch.equal(module.bias, original.bias)
@@ -313,7 +314,7 @@ def test_tokens_are_weighed_in_gram_cross_and_drift_and_in_nothing_else(family, 
         return plain_factors(weight, rank)
 
     solver = Solver(solve, True, True, True, True, token_weights=weights.__getitem__)
-    plan = {f"{layer.name}.{name}": 8 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(8) for layer in described for name in layer.linears()}
     flows, means = Flows(WINDOWS, whitening=4, reconstruction=5), Means(CPU, HeldLayers(model), batch=batch)
     compression = Compression(plan, solver, dtype=torch.float32)
     layers = dict(compress_layers(model, described, compression, flows=flows, means=means))
@@ -405,7 +406,7 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
     described = describe_layers(model)
     dense = [model.get_submodule(layer.name) for layer in described]
     hidden, keywords = layer_inputs(model, WINDOWS)
-    plan = {f"{layer.name}.{name}": 24 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(24) for layer in described for name in layer.linears()}
     fitted = make_solver("svd-llm", None, mix_ratio=MIX_RATIO).solve
     calls: list[str] = []
 

@@ -11,6 +11,7 @@ from component.ranks.allocation import ALLOCATIONS, atp, by_type, iprs, mlp_dens
 from component.ranks.budget import Budget, Module
 from component.ranks.by_loss import ASVD_RATIOS, asvd, by_loss
 from component.ranks.cost import LOW_RANK, PIVOTED
+from component.ranks.sizes import DENSE, Rank, numbers_of
 from utils.errors import UsageError
 
 FORMATS = [PIVOTED, LOW_RANK]
@@ -35,15 +36,16 @@ def numbers(modules) -> int:
 
 
 def stored(plan, modules, storage) -> int:
-    return sum(storage.stored(plan[module.name], module.d_out, module.d_in) for module in modules)
+    return sum(storage.stored(plan[module.name].number, module.d_out, module.d_in) for module in modules)
 
 
 def one_rank(plan, modules, storage) -> int:
     """What one more rank in every compressed module would cost."""
+    ranks = numbers_of(plan)
     return sum(
-        storage.stored(plan[m.name] + 1, m.d_out, m.d_in) - storage.stored(plan[m.name], m.d_out, m.d_in)
+        storage.stored(ranks[m.name] + 1, m.d_out, m.d_in) - storage.stored(ranks[m.name], m.d_out, m.d_in)
         for m in modules
-        if plan[m.name] is not None
+        if ranks[m.name] is not None
     )
 
 
@@ -60,14 +62,16 @@ def test_uniform_never_exceeds_the_density_and_misses_by_less_than_a_rank(storag
     assert stored(plan, modules, storage) <= asked * (1 + 1e-9)
     # a module that is one rank short of dense can't be given one more: dense costs more than the last rank
     spare = sum(
-        module.numbers - storage.stored(plan[module.name], module.d_out, module.d_in)
+        module.numbers - storage.stored(plan[module.name].number, module.d_out, module.d_in)
         for module in modules
-        if plan[module.name] == min(module.d_out, module.d_in) - 1
+        if plan[module.name] == Rank(min(module.d_out, module.d_in) - 1)
     )
     assert stored(plan, modules, storage) + one_rank(plan, modules, storage) + max(spare, 0) >= asked * (1 - 1e-9)
     for module in modules:
-        if plan[module.name] is not None:
-            assert storage.stored(plan[module.name], module.d_out, module.d_in) <= density * module.numbers + 1e-6
+        if plan[module.name] is not DENSE:
+            assert (
+                storage.stored(plan[module.name].number, module.d_out, module.d_in) <= density * module.numbers + 1e-6
+            )
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
@@ -128,7 +132,7 @@ def test_a_model_of_one_type_has_nothing_to_balance():
 
 
 def test_density_one_keeps_every_module_dense():
-    assert set(uniform(Budget(decoder(), 1.0, PIVOTED)).values()) == {None}
+    assert set(uniform(Budget(decoder(), 1.0, PIVOTED)).values()) == {DENSE}
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
@@ -157,7 +161,7 @@ def curves_of(modules, seed: int) -> dict[str, list[float]]:
 
 
 def loss(plan, budget) -> float:
-    return sum(budget.curves[name][-1 if rank is None else rank] for name, rank in plan.items())
+    return sum(budget.curves[name][-1 if rank is None else rank] for name, rank in numbers_of(plan).items())
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=lambda storage: storage.name)
@@ -178,7 +182,10 @@ def test_by_loss_is_near_the_best_of_all_plans():
     ]
     budget = Budget(modules, 0.8, PIVOTED, curves=curves_of(modules, 1))
     options = [[*range(1, min(m.d_out, m.d_in)), None] for m in modules]
-    plans = (dict(zip("abc", ranks, strict=True)) for ranks in itertools.product(*options))
+    plans = (
+        {name: Rank.or_dense(rank) for name, rank in zip("abc", ranks, strict=True)}
+        for ranks in itertools.product(*options)
+    )
     affordable = [plan for plan in plans if stored(plan, modules, PIVOTED) <= 0.8 * numbers(modules)]
     best = min(loss(plan, budget) for plan in affordable)
     assert best <= loss(by_loss(budget), budget) <= 1.3 * best
@@ -188,7 +195,7 @@ def test_by_loss_keeps_the_dearest_module_dense_where_the_budget_allows():
     modules = decoder(layers=1)
     curves = curves_of(modules, 3)
     curves[modules[0].name] = [1e3 * value for value in curves[modules[0].name]]
-    assert by_loss(Budget(modules, 0.7, PIVOTED, curves=curves))[modules[0].name] is None
+    assert by_loss(Budget(modules, 0.7, PIVOTED, curves=curves))[modules[0].name] is DENSE
 
 
 SCORES = st.lists(st.floats(0.5, 1.0), min_size=3, max_size=3)
@@ -202,7 +209,7 @@ def test_owl_and_iprs_hold_the_density_and_follow_the_scores(scores, density, ra
     for allocate in (owl, iprs):
         plan = allocate(budget)
         assert stored(plan, modules, PIVOTED) <= density * numbers(modules) * (1 + 1e-9)
-        ranks = [plan[f"layers.{layer}.mlp.up_proj"] or 64 for layer in np.argsort(scores)]
+        ranks = [plan[f"layers.{layer}.mlp.up_proj"].number or 64 for layer in np.argsort(scores)]
         assert ranks == sorted(ranks)
 
 
@@ -215,7 +222,7 @@ def test_owl_without_spread_is_uniform():
 def test_iprs_caps_at_dense_and_gives_the_rest_away():
     modules = decoder(layers=2)
     plan = iprs(Budget(modules, 0.75, PIVOTED, influence=[9.0, 1.0]))
-    assert all(rank is None for name, rank in plan.items() if name.startswith("layers.0."))
+    assert all(size is DENSE for name, size in plan.items() if name.startswith("layers.0."))
     spent = stored(plan, modules, PIVOTED)
     assert 0.74 < spent / numbers(modules) <= 0.75
 
@@ -225,7 +232,7 @@ def test_atp_holds_the_density_and_falls_with_depth(modules, density, slope):
     plan = atp(Budget(modules, density, PIVOTED), slope)
     assert stored(plan, modules, PIVOTED) <= density * numbers(modules) * (1 + 1e-9)
     full = min(modules[0].d_out, modules[0].d_in)
-    ranks = [plan[m.name] or full for m in modules if m.name.endswith("q_proj")]
+    ranks = [plan[m.name].number or full for m in modules if m.name.endswith("q_proj")]
     assert ranks == sorted(ranks, reverse=True)
 
 
@@ -250,10 +257,10 @@ def test_asvd_stays_within_the_density_on_its_grid_and_below_one_threshold(stora
         ranks = [storage.rank_for(ratio * module.numbers, module.d_out, module.d_in) for ratio in ASVD_RATIOS]
         return [rank for rank in ranks if rank]
 
-    threshold = max(budget.curves[name][-1 if rank is None else rank] for name, rank in plan.items())
+    threshold = max(budget.curves[name][-1 if rank is None else rank] for name, rank in numbers_of(plan).items())
     tighter = 0  # what it would cost to get every module below the largest loss of the plan
     for module in modules:
-        assert plan[module.name] in [None, *grid(module)]
+        assert plan[module.name].number in [None, *grid(module)]
         below = [rank for rank in grid(module) if budget.curves[module.name][rank] < threshold]
         tighter += storage.stored(min(below, default=None), module.d_out, module.d_in)
     assert threshold == 0 or tighter > density * numbers(modules)
@@ -291,7 +298,7 @@ def test_ranks_are_multiples_and_the_density_holds(name, storage, modules, densi
     assert list(plan) == [module.name for module in modules]
     assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
     for module in modules:
-        rank = plan[module.name]
+        rank = plan[module.name].number
         assert rank is None or 0 < rank < multiple or rank % multiple == 0
         assert storage.stored(rank, module.d_out, module.d_in) <= module.numbers
 
@@ -302,7 +309,7 @@ def test_what_rounding_frees_is_handed_on_until_nothing_more_is_affordable(name,
     plan = ALLOCATIONS[name](measured(modules, density, LOW_RANK, 0, multiple))
     rest = density * numbers(modules) * (1 + 1e-12) - stored(plan, modules, LOW_RANK)
     for module in modules:
-        rank = plan[module.name]
+        rank = plan[module.name].number
         if rank is not None:
             above = (rank // multiple + 1) * multiple
             fits = above < min(module.d_out, module.d_in)
@@ -312,12 +319,12 @@ def test_what_rounding_frees_is_handed_on_until_nothing_more_is_affordable(name,
 
 def test_what_rounding_frees_goes_first_to_the_module_that_is_furthest_below_its_share():
     modules = [Module("a", 60, 60, attention=True), Module("b", 36, 36, attention=False)]
-    assert uniform(Budget(modules, 0.5, LOW_RANK)) == {"a": 15, "b": 9}
+    assert uniform(Budget(modules, 0.5, LOW_RANK)) == {"a": Rank(15), "b": Rank(9)}
     # 0.5 (3600 + 1296) = 2448, of which 8 ranks each take 960 + 576: the 912 left do not pay 960 for 8 more of "a",
     # but 576 for 8 more of "b" and then 144 to keep it dense, where 24 ranks would cost 1728
-    assert uniform(Budget(modules, 0.5, LOW_RANK, rank_multiple=8)) == {"a": 8, "b": None}
+    assert uniform(Budget(modules, 0.5, LOW_RANK, rank_multiple=8)) == {"a": Rank(8), "b": DENSE}
     # at 0.52 there are 1009 left: "a", which lacks 0.49 of its share, comes before "b", which lacks 0.15
-    assert uniform(Budget(modules, 0.52, LOW_RANK, rank_multiple=8)) == {"a": 16, "b": 8}
+    assert uniform(Budget(modules, 0.52, LOW_RANK, rank_multiple=8)) == {"a": Rank(16), "b": Rank(8)}
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.6])
@@ -325,6 +332,7 @@ def test_the_floor_is_a_share_of_the_uniform_rank_and_is_reached(floor):
     modules = decoder(layers=2)
     curves = curves_of(modules, 5)
     plan = by_loss(Budget(modules, 0.5, PIVOTED, curves=curves, rank_floor=floor))
-    exact = uniform(Budget(modules, 0.5, PIVOTED))
-    assert all(rank is None or rank >= int(floor * exact[name]) for name, rank in plan.items())
-    assert any(rank == int(floor * exact[name]) for name, rank in plan.items())
+    exact = numbers_of(uniform(Budget(modules, 0.5, PIVOTED)))
+    ranks = numbers_of(plan)
+    assert all(rank is None or rank >= int(floor * exact[name]) for name, rank in ranks.items())
+    assert any(rank == int(floor * exact[name]) for name, rank in ranks.items())

@@ -6,6 +6,7 @@ import pytest
 
 from component.ranks.allocation import Module
 from component.ranks.plan import plan_as_json, read_plan
+from component.ranks.sizes import DENSE, Rank
 from utils.errors import UsageError
 
 MODULES = [Module("a", 8, 6, attention=True), Module("b", 4, 6, attention=False)]
@@ -14,9 +15,9 @@ GOOD = {"format_version": 1, "layers": {"a": 3, "b": "dense"}}
 
 def test_a_plan_survives_the_file(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(plan_as_json({"a": 3, "b": None})))
+    path.write_text(json.dumps(plan_as_json({"a": Rank(3), "b": DENSE})))
     assert json.loads(path.read_text()) == GOOD
-    assert read_plan(path, MODULES) == {"a": 3, "b": None}
+    assert read_plan(path, MODULES) == {"a": Rank(3), "b": DENSE}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
+from component.ranks.sizes import Rank
 from component.solve.moments import Moments
 from component.solve.names import default_step
 from component.solve.solvers import make_solver
@@ -46,7 +47,7 @@ def asvd_by_hand(weight: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tens
 def test_the_driver_is_asvd_by_hand(family, batch):
     model = tiny.build(family)
     described = describe_layers(model)
-    plan = {f"{layer.name}.{name}": 9 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(9) for layer in described for name in layer.linears()}
     flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=len(WINDOWS))
     means = Means(torch.device("cpu"), HeldLayers(model), batch=batch)
     compression = Compression(plan, make_solver("asvd", 0, mix_ratio=0.25), dtype=torch.float64)

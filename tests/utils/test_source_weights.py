@@ -112,11 +112,12 @@ def test_a_run_holds_one_layer_at_a_time_and_writes_the_same_bytes(changes, argu
 def test_a_driver_that_is_left_half_way_empties_its_layer(model_folder):
     from component.flow.means import Flows, Means
     from component.flow.streaming import Compression
+    from component.ranks.sizes import Rank
     from component.solve.solvers import make_solver
 
     model, layers = opened(model_folder)
     described = describe_layers(model, layers)
-    plan = {f"{layer.name}.{name}": 4 for layer in described for name in layer.linears()}
+    plan = {f"{layer.name}.{name}": Rank(4) for layer in described for name in layer.linears()}
     flows = Flows(tiny.token_windows(4, 16), whitening=4, reconstruction=4)
     compression = Compression(plan, make_solver("svd", 0, mix_ratio=0.25), dtype=torch.float32)
 
