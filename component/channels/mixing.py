@@ -17,7 +17,7 @@ from component.flow.means import Flows, Means
 from component.flow.solving import LayerAtWork, solve_layer
 from component.ranks.sizes import DENSE, Channels, Size
 from component.solve.moments import Moments
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Mixing:
     ) -> dict[str, nn.Module]:
         what = f"{layer.described.name}.{name}"
         linear = layer.small.get_submodule(name)
-        assert isinstance(linear, nn.Linear) and moments.gram is not None and solver.target is not None
-        gram, weight = finite(moments.gram, what), linear.weight.double()
+        assert isinstance(linear, nn.Linear)
+        gram, weight = finite(moments.of("gram"), what), linear.weight.double()
         target = solver.target(weight, moments)
         seen = weighted(weight, None if self.weighting is None else self.weighting(what).to(weight.device))
         fit: dict[str, Any] = {"damping": self.damping, "what": what}

@@ -29,7 +29,7 @@ from component.ranks.cost import LOW_RANK
 from component.ranks.sizes import DENSE, Channels, Plan, Size
 from component.solve.moments import Moments
 from component.solve.reconstruction import target_moment
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer
 
@@ -128,8 +128,8 @@ class Narrowing:
 
     def _narrow_mlp(self, layer: LayerAtWork, part: Parts, moments: Moments, *, left: int) -> dict[str, nn.Module]:
         what = f"{layer.described.name}.{part.down}"
-        gram, down = moments.gram, layer.small.get_submodule(part.down)
-        assert gram is not None and isinstance(down, nn.Linear)
+        gram, down = moments.of("gram"), layer.small.get_submodule(part.down)
+        assert isinstance(down, nn.Linear)
         chosen = most_telling(leverage_scores(finite(gram, what), LEVERAGE_RIDGE), left)
         target = target_moment(down.weight, gram, moments.cross, mix_ratio=self.mix_ratio)
         weight = compensated(down.weight, target, gram, kept=chosen, damping=self.damping, what=what)

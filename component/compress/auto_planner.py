@@ -16,7 +16,7 @@ from component.flow.solving import LayerSolver
 from component.ranks.by_loss import Block, by_loss_and_form
 from component.ranks.sizes import Channels, Plan
 from component.solve.names import AUTO, EXACT, FACTORING, NARROWING
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 from utils.errors import UsageError
 
 MIXED = "mixed"

@@ -13,7 +13,8 @@ from component.compress.task import Task
 from component.ranks.budget import Module
 from component.ranks.sizes import Plan
 from component.solve.names import NARROWING
-from component.solve.solvers import Solver, make_solver
+from component.solve.solver import Solver
+from component.solve.solvers import make_solver
 from utils.errors import UsageError
 from utils.layers import DecoderLayer
 

@@ -21,7 +21,8 @@ from component.ranks.budget import Budget, Module
 from component.ranks.plan import read_plan
 from component.ranks.sizes import Plan
 from component.solve.sensitivity import output_weighting
-from component.solve.solvers import Solver, make_solver
+from component.solve.solver import Solver
+from component.solve.solvers import make_solver
 from utils.errors import UsageError
 
 
@@ -49,7 +50,7 @@ class FactorPlanner:
         allocation = self.settings.allocation
         if allocation not in ALLOCATIONS:
             return read_plan(Path(allocation), self.modules)
-        return ALLOCATIONS[allocation](self.budget(recipe))
+        return ALLOCATIONS[allocation].share_out(self.budget(recipe))
 
     def budget(self, recipe: Recipe) -> Budget:
         settings, profile = self.settings, self.profile

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from component.compress.recipe import Recipe
 from component.flow.solving import LayerSolver
 from component.ranks.sizes import Plan
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 
 
 class Planner(Protocol):

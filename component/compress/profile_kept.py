@@ -8,7 +8,7 @@ from component.compress.measuring import Profiling
 from component.compress.profile import Profile, make_profile
 from component.compress.recipe import Recipe
 from component.compress.task import Task
-from component.ranks.allocation import PROFILED
+from component.ranks.allocation import reads_profile
 from component.solve.names import AUTO
 from utils.whole_files import hash_of
 
@@ -23,7 +23,7 @@ def profile_for(task: Task, recipes: list[Recipe], draft: Draft | None = None) -
     settings, means = task.settings, task.means
     shrinkages = tuple(dict.fromkeys(recipe.output_shrinkage for recipe in recipes))
     weighs_tokens = any(recipe.token_power for recipe in recipes)
-    if settings.allocation not in PROFILED and shrinkages == (None,) and not weighs_tokens:
+    if not reads_profile(settings.allocation) and shrinkages == (None,) and not weighs_tokens:
         return None
     windows = task.text.windows[: settings.profile_nsamples]
     narrow = settings.prune == AUTO

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from component.compress.estimate import Estimate, Shapes, Work
 from component.compress.settings import Settings
 from component.flow.means import Flows
-from component.ranks.allocation import PROFILED, uniform
+from component.ranks.allocation import reads_profile, uniform
 from component.ranks.budget import Budget, Module
 from component.ranks.cost import LOW_RANK
 from component.solve.solvers import make_solver
@@ -69,7 +69,7 @@ def work_of(settings: Settings, modules: list[Module], flows: Flows, *, batch: i
     )
     ranks = uniform(Budget(modules, settings.density, settings.storage))
     length = flows.windows.shape[1]
-    profiles = settings.allocation in PROFILED or recipe.output_shrinkage is not None or recipe.token_power
+    profiles = reads_profile(settings.allocation) or recipe.output_shrinkage is not None or recipe.token_power
     two = solver.needs_low_rank_flow
     return Work(
         tokens=-(-flows.needed_by(solver).numel() // processes),

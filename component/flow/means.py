@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from component.flow.team import Team
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 from utils.layers import LayerSource
 from utils.placement import Shelf
 

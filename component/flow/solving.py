@@ -15,7 +15,7 @@ from component.flow.means import Flows, Means
 from component.format.linear import LowRankLinear
 from component.ranks.sizes import DENSE, Channels, Rank, Size
 from component.solve.moments import Moments, add_gram, add_magnitude, add_product
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 from utils.errors import RunError
 from utils.layers import DecoderLayer, advance
 
@@ -187,7 +187,7 @@ def add_moments(
 def _solved(layer: LayerAtWork, name: str, rank: int, *, solver: Solver, moments: Moments) -> tuple[Tensor, Tensor]:
     full_name, linear = f"{layer.described.name}.{name}", layer.small.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    u, v = solver.solve(linear.weight, moments, rank, full_name)
+    u, v = solver.solve(linear.weight, moments, rank, what=full_name)
     if not (torch.isfinite(u).all() and torch.isfinite(v).all()):
         raise RunError(f"{full_name}: the solver returned factors that are not finite")
     return u, v

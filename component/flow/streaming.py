@@ -15,7 +15,7 @@ from component.flow.means import Flows, Means
 from component.flow.refinement import Descent, refine_layer
 from component.flow.solving import LayerAtWork, LayerSolver, solve_layer
 from component.ranks.sizes import Plan
-from component.solve.solvers import Solver
+from component.solve.solver import Solver
 from utils.layers import DecoderLayer, advance, layer_inputs, map_tensors
 from utils.precision import full_precision
 

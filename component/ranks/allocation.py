@@ -1,10 +1,11 @@
 """How many ranks each module gets: numbers in, numbers out.
 
-An allocation is a function from a `Budget` to a plan; it never sees a model. To add one, write the function and
-name it in ALLOCATIONS.
+An allocation is a function from a `Budget` to a plan; it never sees a model. To add one, write the function, in a file
+of its own, and name it in ALLOCATIONS.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -112,13 +113,25 @@ def attention_range(modules: Sequence[Module], density: float) -> tuple[float, f
     return max(0.0, (total - mlp) / attention), min(1.0, total / attention)
 
 
-ALLOCATIONS: dict[str, Callable[[Budget], Plan]] = {
-    "uniform": uniform,
-    "type": by_type,
-    "atp": atp,
-    "owl": owl,
-    "iprs": iprs,
-    "asvd": asvd,
-    "kl": by_loss,
+@dataclass(frozen=True)
+class Allocation:
+    """share_out: Budget -> Plan. profiled: whether it reads what the profile measures."""
+
+    share_out: Callable[[Budget], Plan]
+    profiled: bool = False
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Allocation(uniform),
+    "type": Allocation(by_type),
+    "atp": Allocation(atp),
+    "owl": Allocation(owl, profiled=True),
+    "iprs": Allocation(iprs, profiled=True),
+    "asvd": Allocation(asvd, profiled=True),
+    "kl": Allocation(by_loss, profiled=True),
 }
-PROFILED = ("owl", "iprs", "asvd", "kl")  # those that read what the profile measures
+
+
+def reads_profile(name: str) -> bool:
+    """Whether the allocation of this name does; a plan's file does not."""
+    return name in ALLOCATIONS and ALLOCATIONS[name].profiled

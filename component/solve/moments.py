@@ -23,6 +23,13 @@ class Moments:
     drift: Tensor | None = None
     dense_magnitude: Tensor | None = None
 
+    def of(self, name: str) -> Tensor:
+        """The moment of this name. Raises: TypeError where nobody asked for it: see `Solver`."""
+        moment = getattr(self, name)
+        if moment is None:
+            raise TypeError(f"no {name} was gathered")
+        return moment
+
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left^T right, multiplied in float32 and summed in float64.

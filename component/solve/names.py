@@ -1,6 +1,6 @@
-"""Names of solvers and what is chosen where no flag says: plain values, for the parser."""
+"""What --prune can be called, and what goes with it by default: plain values, so that the front door stays quick."""
 
-FACTORING = ("svd-llm", "svd", "asvd")
+FACTORING = ("svd-llm", "svd", "asvd")  # solvers.py has the class of each
 NARROWING = "flatllm"  # whole channels go, and no factors are made (channels/narrowing.py)
 AUTO = "auto"  # per block the better of svd-llm's factors with exact M and fewer channels (channels/mixing.py)
 PRUNERS = (*FACTORING, NARROWING, AUTO)

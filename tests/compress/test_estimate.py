@@ -210,7 +210,7 @@ def test_what_solving_allocates_is_what_is_estimated(d_out, d_in, weighted, monk
     )
     weight = tiny.rand(d_out, d_in, seed=3).half()
     with Allocated() as allocated:
-        solver.solve(weight, moments, 40, "a")
+        solver.solve(weight, moments, 40, what="a")
     shapes, work = Shapes(d_out, 1, (((d_out, d_in),),), 0, 0, 2), replace(PAPER, weighted=weighted)
     held = sum(tensor.nbytes for tensor in (moments.gram, moments.cross, moments.drift))
     assert 0.85 < (held + allocated.most) / solving_bytes(shapes, work, 0) < 1.05

@@ -10,8 +10,9 @@ from component.flow.streaming import Compression, compress_layers
 from component.flow.team import team_for
 from component.ranks.sizes import Rank
 from component.solve.moments import Moments
-from component.solve.solvers import Solver, make_solver
+from component.solve.solvers import make_solver
 from tests import tiny
+from tests.solve.scripted import NEEDS, Scripted
 from utils.layers import HeldLayers, describe_layers
 
 WINDOWS = tiny.token_windows(7, 24)  # no number of processes but 7 divides them
@@ -26,14 +27,14 @@ def compress(team, kind: str) -> tuple[dict[str, Moments], dict[str, torch.Tenso
 
     def solve(weight, moments, rank, name):
         seen[name] = moments
-        return inner.solve(weight, moments, rank, name)
+        return inner.solve(weight, moments, rank, what=name)
 
-    needs = {key: value for key, value in vars(inner).items() if key.startswith("needs_")}
+    needs = {name: getattr(inner, name) for name in NEEDS}
     model = tiny.build()
     described = describe_layers(model)
     plan = {f"{layer.name}.{name}": Rank(8) for layer in described for name in layer.linears()}
     weights = torch.rand(7, 24, generator=torch.Generator().manual_seed(1))
-    solver = Solver(solve, **needs, token_weights=(lambda name: weights) if kind == "exact" else None)
+    solver = Scripted(solve, **needs, token_weights=(lambda name: weights) if kind == "exact" else None)
     flows = Flows(WINDOWS, whitening=WHITENING, reconstruction=6)
     waiting = None if team.size == 1 else 1  # of a team, not all passes wait
     means = Means(torch.device("cpu"), HeldLayers(model), batch=2, team=team, waiting=waiting)

@@ -16,9 +16,11 @@ from component.ranks.sizes import DENSE, Plan, Rank
 from component.solve.moments import Moments
 from component.solve.names import FACTORING, default_step
 from component.solve.reconstruction import EXACT_DAMPING, PAPER_RIDGE, exact_factors
-from component.solve.solvers import Solver, make_solver
+from component.solve.solver import Solver
+from component.solve.solvers import make_solver
 from component.solve.whitening import WHITENING_DAMPING, plain_factors
 from tests import tiny
+from tests.solve.scripted import Scripted
 from utils.errors import RunError
 from utils.layers import HeldLayers, describe_layers, layer_inputs, run_layer
 
@@ -239,7 +241,7 @@ def test_layers_from_an_earlier_run_are_not_solved_again_and_the_flows_go_throug
 
     def solve(weight, moments, rank, name):
         solved.append(name)
-        return solver.solve(weight, moments, rank, name)
+        return solver.solve(weight, moments, rank, what=name)
 
     def finished(index: int, layer: nn.Module) -> bool:
         if index == 0:
@@ -247,7 +249,7 @@ def test_layers_from_an_earlier_run_are_not_solved_again_and_the_flows_go_throug
                 layer.set_submodule(name, copy.deepcopy(module))
         return index == 0
 
-    counting = type(solver)(solve, needs_gram=True, needs_cross=True)
+    counting = Scripted(solve, needs_gram=True, needs_cross=True)
     layers = walked(model, described, Compression(plan, counting, dtype=torch.float32), finished=finished)
     assert solved and all(name.startswith("model.layers.1.") for name in solved)
     for index, layer in layers.items():
@@ -313,7 +315,8 @@ def test_tokens_are_weighed_in_gram_cross_and_drift_and_in_nothing_else(family, 
         collected[name] = moments
         return plain_factors(weight, rank)
 
-    solver = Solver(solve, True, True, True, True, token_weights=weights.__getitem__)
+    needs = dict.fromkeys(("needs_dense_gram", "needs_gram", "needs_cross", "needs_drift"), True)
+    solver = Scripted(solve, **needs, token_weights=weights.__getitem__)
     plan = {f"{layer.name}.{name}": Rank(8) for layer in described for name in layer.linears()}
     flows, means = Flows(WINDOWS, whitening=4, reconstruction=5), Means(CPU, HeldLayers(model), batch=batch)
     compression = Compression(plan, solver, dtype=torch.float32)
@@ -383,11 +386,11 @@ def test_weights_of_one_change_nothing_and_others_do():
 def test_the_ridge_reaches_the_exact_solver(ridge):
     weight, x = tiny.rand(6, 8, seed=1), tiny.rand(8, 40, seed=2)
     moments = Moments(gram=tiny.gram_of(x), cross=tiny.rand(8, 40, seed=3) @ x.T)
-    found = make_solver("svd-llm", None, mix_ratio=0.5, ridge=ridge).solve(weight, moments, 3, "a")
+    found = make_solver("svd-llm", None, mix_ratio=0.5, ridge=ridge).solve(weight, moments, 3, what="a")
     target = weight @ (0.5 * moments.cross + 0.5 * moments.gram)
     expected = exact_factors(weight, target, moments.gram, rank=3, damping=ridge)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert make_solver("svd-llm", None, mix_ratio=0.5).solve(weight, moments, 3, "a")[0].equal(found[0]) == (
+    assert make_solver("svd-llm", None, mix_ratio=0.5).solve(weight, moments, 3, what="a")[0].equal(found[0]) == (
         ridge == 1e-3
     )
 
@@ -412,9 +415,9 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
 
     def solve(weight: Tensor, moments: Moments, rank: int, name: str) -> tuple[Tensor, Tensor]:
         calls.append(name)
-        return (noisy if "layers.0" in name else fitted)(weight, moments, rank, name)
+        return noisy(weight, moments, rank, name) if "layers.0" in name else fitted(weight, moments, rank, what=name)
 
-    solver = Solver(solve, needs_gram=True, needs_cross=True)
+    solver = Scripted(solve, needs_gram=True, needs_cross=True)
     refinement = Refinement(steps=24, drift_ratio=0.25, seed=1)
 
     def layers(refinement: Refinement | None = None, **more) -> dict[int, nn.Module]:

@@ -1,17 +1,30 @@
 """component/ranks/allocation.py: ranks meet the density asked from below, for any shapes."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.ranks.allocation import ALLOCATIONS, atp, by_type, iprs, mlp_density, owl, uniform
-from component.ranks.budget import Budget, Module
+from component.ranks.allocation import (
+    ALLOCATIONS,
+    Allocation,
+    atp,
+    by_type,
+    iprs,
+    mlp_density,
+    owl,
+    reads_profile,
+    uniform,
+)
+from component.ranks.budget import Budget, Module, plan_of
 from component.ranks.by_loss import ASVD_RATIOS, asvd, by_loss
 from component.ranks.cost import LOW_RANK, PIVOTED
-from component.ranks.sizes import DENSE, Rank, numbers_of
+from component.ranks.sizes import DENSE, Plan, Rank, numbers_of
 from utils.errors import UsageError
 
 FORMATS = [PIVOTED, LOW_RANK]
@@ -146,7 +159,9 @@ def test_a_density_without_a_rank_is_refused_with_the_least_that_works(storage):
 
 def test_every_allocation_has_a_name():
     named = {"uniform": uniform, "type": by_type, "atp": atp, "owl": owl, "iprs": iprs, "asvd": asvd, "kl": by_loss}
-    assert named == ALLOCATIONS
+    assert named == {name: one.share_out for name, one in ALLOCATIONS.items()}
+    assert [name for name in ALLOCATIONS if reads_profile(name)] == ["owl", "iprs", "asvd", "kl"]
+    assert not reads_profile("plan.json")
 
 
 def curves_of(modules, seed: int) -> dict[str, list[float]]:
@@ -294,7 +309,7 @@ def measured(modules, density, storage, seed, multiple) -> Budget:
 @given(modules=DECODERS, density=st.floats(0.35, 1.0), seed=st.integers(0, 9), multiple=st.sampled_from([2, 8, 32]))
 def test_ranks_are_multiples_and_the_density_holds(name, storage, modules, density, seed, multiple):
     budget = measured(modules, density, storage, seed, multiple)
-    plan = ALLOCATIONS[name](budget)
+    plan = ALLOCATIONS[name].share_out(budget)
     assert list(plan) == [module.name for module in modules]
     assert stored(plan, modules, storage) <= density * numbers(modules) * (1 + 1e-9)
     for module in modules:
@@ -306,7 +321,7 @@ def test_ranks_are_multiples_and_the_density_holds(name, storage, modules, densi
 @pytest.mark.parametrize("name", ["uniform", "atp", "owl", "iprs"])
 @given(modules=DECODERS, density=st.floats(0.35, 0.95), multiple=st.sampled_from([4, 8]))
 def test_what_rounding_frees_is_handed_on_until_nothing_more_is_affordable(name, modules, density, multiple):
-    plan = ALLOCATIONS[name](measured(modules, density, LOW_RANK, 0, multiple))
+    plan = ALLOCATIONS[name].share_out(measured(modules, density, LOW_RANK, 0, multiple))
     rest = density * numbers(modules) * (1 + 1e-12) - stored(plan, modules, LOW_RANK)
     for module in modules:
         rank = plan[module.name].number
@@ -336,3 +351,28 @@ def test_the_floor_is_a_share_of_the_uniform_rank_and_is_reached(floor):
     ranks = numbers_of(plan)
     assert all(rank is None or rank >= int(floor * exact[name]) for name, rank in ranks.items())
     assert any(rank == int(floor * exact[name]) for name, rank in ranks.items())
+
+
+def by_size(budget: Budget) -> Plan:
+    """More for larger linears."""
+    largest = max(module.numbers for module in budget.modules)
+    return plan_of(budget, lambda module: budget.density * (0.5 + module.numbers / largest / 2))
+
+
+def test_a_new_allocation_is_a_function_and_a_line(monkeypatch, arguments, tmp_path, good):
+    monkeypatch.setitem(ALLOCATIONS, "by_size", Allocation(by_size))
+    record = good(arguments("m", save_path=tmp_path, prune="svd", density=0.8, allocation="by_size"))
+    ranks = {name.rsplit(".", 1)[-1]: rank for name, rank in record["ranks"].items() if "layers.0" in name}
+    assert 0.4 < record["density_pivoted"] <= 0.8 and ranks["k_proj"] < ranks["q_proj"] < ranks["up_proj"]
+
+
+def test_importing_the_allocations_imports_no_torch():
+    """But for the package that they are in, which teaches transformers the format."""
+    code = (
+        "import sys, types; room = types.ModuleType('component'); room.__path__ = ['component'];"
+        "sys.modules['component'] = room; import component.ranks.allocation, component.ranks.plan;"
+        "print(*{'torch', 'transformers'} & set(sys.modules))"
+    )
+    folder = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -63,8 +63,8 @@ def test_the_driver_is_asvd_by_hand(family, batch):
 def test_asvd_starts_a_reconstruction_too():
     weight, x = tiny.rand(8, 6), tiny.rand(6, 40, seed=1)
     moments = Moments(gram=tiny.gram_of(x), dense_magnitude=x.abs().sum(1))
-    u, v = make_solver("asvd", 1, mix_ratio=0.0).solve(weight, moments, 3, "a")
-    _, start = make_solver("asvd", 0, mix_ratio=0.0).solve(weight, moments, 3, "a")
+    u, v = make_solver("asvd", 1, mix_ratio=0.0).solve(weight, moments, 3, what="a")
+    _, start = make_solver("asvd", 0, mix_ratio=0.0).solve(weight, moments, 3, what="a")
     best = weight @ x @ torch.linalg.pinv(start @ x)  # of all U, the one that loses least with this V
     assert tiny.relative(u @ v, best @ start) < 1e-3
 
