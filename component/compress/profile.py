@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from component.checkpoint import reading as files
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.measuring import Profiling, profile_layers
-from component.solve.linalg import packed, unpacked
+from component.solve.linalg import pack_triangle, unpack_triangle
 from utils.layers import (
     DecoderLayer,
     LayerSource,
@@ -56,7 +56,7 @@ class Profile:
 
     def output_gram(self, name: str, device: torch.device) -> Tensor:
         triangle = files.open_tensor(self.folder / self.shard_of[name], f"{name}.output_gram")
-        return unpacked(triangle.to(device).float())
+        return unpack_triangle(triangle.to(device).float())
 
 
 def make_profile(
@@ -83,7 +83,7 @@ def make_profile(
                 for name, sensitivity in measured.linears.items():
                     tensors[f"{name}.loss_curves"] = sensitivity.loss_curves
                     if weighted:  # large, and of use to the weighting alone; bfloat16 is finer than its sampling noise
-                        tensors[f"{name}.output_gram"] = packed(sensitivity.output_gram).bfloat16()
+                        tensors[f"{name}.output_gram"] = pack_triangle(sensitivity.output_gram).bfloat16()
                 tensors.update({f"{name}.token_scores": scores for name, scores in measured.token_scores.items()})
                 tensors.update({f"{name}.channel_curves": found for name, found in measured.channel_curves.items()})
                 writer.write(files.layer_shard(index), tensors)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import get_cosine_schedule_with_warmup
 
 from component.format.linear import LowRankLinear
 from utils.errors import RunError
@@ -124,9 +125,10 @@ def _loss_in(
 
 def _checkpoints(masters: dict[str, Tensor], loss: Loss, windows: Tensor, *, descent: Descent) -> Iterator[int]:
     """Step after step, in place; yields the number of steps made where the factors are worth a look."""
-    groups = [{"params": [w], "lr": descent.learning_rate * step_size(w)} for w in masters.values()]
+    rates = [descent.learning_rate * step_size(w) for w in masters.values()]
+    groups = [{"params": [w], "initial_lr": rate} for w, rate in zip(masters.values(), rates, strict=True)]
     optimiser = torch.optim.Adam(groups, lr=descent.learning_rate, betas=BETAS, eps=EPSILON)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: pace(done, descent.steps))
+    schedule = schedule_of(optimiser, descent.steps)
     judged = {math.ceil(descent.steps * share / CHECKPOINTS) for share in range(1, CHECKPOINTS + 1)}
     limit = math.inf
     batches = draws(windows, steps=descent.steps, batch=descent.batch, seed=descent.seed)
@@ -179,12 +181,14 @@ def draws(windows: Tensor, *, steps: int, batch: int, seed: int) -> Iterator[Ten
     return iter(windows[order[: steps * batch]].split(batch))
 
 
-def pace(done: int, steps: int) -> float:
-    """The learning rate's factor after `done` of the steps: a linear rise to 1, then half a cosine towards zero."""
+def schedule_of(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear rise over the first tenth of the steps, then half a cosine towards zero.
+
+    Every step counts: the first one is 1 / rise of the full rate, and the last one is still above zero. That is
+    transformers' schedule for one step more, begun at its second. The groups of the optimiser need `initial_lr`.
+    """
     rise = max(1, round(WARM_UP * steps))
-    if done < rise:
-        return (done + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (done - rise + 1) / (steps - rise + 1)))
+    return get_cosine_schedule_with_warmup(optimiser, rise, steps + 1, last_epoch=0)
 
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:

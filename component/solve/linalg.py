@@ -77,13 +77,13 @@ def balance(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return u * scale, v / scale[:, None]
 
 
-def packed(symmetric: Tensor) -> Tensor:
+def pack_triangle(symmetric: Tensor) -> Tensor:
     """The lower triangle of (n, n), row by row: (n (n + 1) / 2,)."""
     rows, columns = torch.tril_indices(*symmetric.shape, device=symmetric.device)
     return symmetric[rows, columns]
 
 
-def unpacked(triangle: Tensor) -> Tensor:
+def unpack_triangle(triangle: Tensor) -> Tensor:
     """The symmetric matrix of which this is the lower triangle."""
     size = int((2 * len(triangle)) ** 0.5)  # n < sqrt(n (n + 1)) < n + 1
     lower = triangle.new_zeros(size, size)

@@ -1,6 +1,7 @@
 """flow/refinement.py: tuning the factors of a layer together, on tiny random layers and in float64 algebra."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from component.flow.refinement import (
     Descent,
     draws,
     factors_of,
-    pace,
     refine_layer,
     relative_error,
+    schedule_of,
     split_windows,
     step_size,
 )
@@ -207,9 +208,30 @@ def test_draws_use_all_windows_equally_often(count, steps, batch):
     )
 
 
+def paces_of(steps: int) -> list[float]:
+    """The rate of each step over the full one."""
+    factor = nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([{"params": [factor], "initial_lr": 1.0}], lr=1.0)
+    schedule, paces = schedule_of(optimiser, steps), []
+    for _ in range(steps):
+        paces.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    return paces
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 100])
 def test_pace_rises_to_one_and_falls(steps):
-    paces = [pace(done, steps) for done in range(steps)]
+    paces = paces_of(steps)
     top = paces.index(max(paces))
     assert max(paces) == 1 and min(paces) > 0
     assert paces == sorted(paces[: top + 1]) + sorted(paces[top + 1 :], reverse=True)
+
+
+def test_pace_is_a_tenth_of_rise_and_half_a_cosine():
+    assert paces_of(4) == pytest.approx([1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5], rel=1e-12)
+    assert paces_of(20)[:2] == [0.5, 1]
+    for steps in (1, 7, 40, 256):
+        rise = max(1, round(steps / 10))
+        fall = [0.5 * (1 + math.cos(math.pi * number / (steps - rise + 1))) for number in range(1, steps - rise + 1)]
+        assert paces_of(steps) == pytest.approx([(n + 1) / rise for n in range(rise)] + fall, rel=1e-11)

@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from component.solve.linalg import balance, damped_cholesky, packed, raised_diagonal, solve_right, unpacked
+from component.solve.linalg import (
+    balance,
+    damped_cholesky,
+    pack_triangle,
+    raised_diagonal,
+    solve_right,
+    unpack_triangle,
+)
 from tests.tiny import gram_of, rand
 from utils.errors import RunError
 
@@ -129,14 +136,14 @@ def test_balance_survives_directions_that_are_absent():
 def test_a_packed_matrix_is_its_lower_triangle_and_comes_back_whole(n, seed, dtype):
     matrix = rand(n, n, seed=seed).to(dtype)
     symmetric = matrix + matrix.T
-    triangle = packed(symmetric)
+    triangle = pack_triangle(symmetric)
     assert triangle.dtype == dtype
     assert triangle.tolist() == [symmetric[i, j].item() for i in range(n) for j in range(i + 1)]
-    assert torch.equal(unpacked(triangle), symmetric)
+    assert torch.equal(unpack_triangle(triangle), symmetric)
 
 
 @pytest.mark.parametrize("n", [1000, 4096, 11008, 28672])
 def test_the_size_of_a_packed_matrix_is_found_from_its_numbers(n):
     """Without the memory of the large ones: zeros that are stored once."""
     with torch.device("meta"):
-        assert unpacked(torch.empty(n * (n + 1) // 2)).shape == (n, n)
+        assert unpack_triangle(torch.empty(n * (n + 1) // 2)).shape == (n, n)
