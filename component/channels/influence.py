@@ -3,8 +3,7 @@
 FLAT-LLM (arXiv 2505.23966) gives a layer channels in proportion to this angle. One forward pass measures it.
 """
 
-import logging
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from transformers import PreTrainedModel
 
 from component.channels.narrowing import narrow_plan
 from component.channels.parts import parts_of
+from component.channels.settings import InfluenceSettings
 from component.checkpoint.writer import check_target
+from component.flow.batches import windows_at_once
 from component.flow.modules import modules_of
-from component.ranks.sizes import numbers_of
+from component.ranks.sizes import Plan, numbers_of
 from component.solve.sensitivity import angular_influence
 from utils import data, models, report
 from utils.errors import RunError, UsageError
@@ -26,10 +27,7 @@ from utils.precision import full_precision
 from utils.source_weights import open_model
 from utils.whole_files import hash_of, read_json, write_json
 
-log = logging.getLogger("pifa")
-
 FORMAT_VERSION = 1
-BATCH_TOKENS = 8192  # that go through a layer at once
 
 
 def block_influence(
@@ -45,7 +43,7 @@ def block_influence(
 
     Raises: RunError naming the layer whose output is not finite.
     """
-    shelf, batch = shelf or Shelf(), max(1, BATCH_TOKENS // windows.shape[1])
+    shelf, batch = shelf or Shelf(), windows_at_once(windows.shape[1])
     states, keywords = layer_inputs(model, windows, lambda size: shelf.room(2 * size, device))
     before = shelf.room(2 * states.nbytes, device)(states.shape, states.dtype)
     found = []
@@ -66,11 +64,16 @@ def write_influence(path: Path, influence: list[float], settings: dict[str, Any]
 
     settings: what else the file says, of how the numbers came about.
     """
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"format_version": FORMAT_VERSION, "influence": influence, **settings})
+
+
+def check_new(path: Path) -> None:
+    """Raises: UsageError where the file exists, or can't be made."""
     if path.exists():
         raise UsageError(f"{path} exists and nothing is ever overwritten: choose another --bi_score, or move it away")
     check_target(path, "", False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format_version": FORMAT_VERSION, "influence": influence, **settings})
 
 
 def read_influence(path: Path, layers: int) -> list[float]:
@@ -88,48 +91,68 @@ def read_influence(path: Path, layers: int) -> list[float]:
     return [float(value) for value in influence]
 
 
-def run(options: Namespace) -> dict[str, Any]:
-    """Measure, save and print; returns the result record."""
-    device = torch.device(options.DEV)
+@dataclass(frozen=True)
+class _Measured:
+    """widths: by layer, (channels of a head, channels of the MLP), "dense" where all are left."""
+
+    influence: list[float]
+    plan: Plan
+    widths: list[tuple[int | str, int | str]]
+
+
+def measure_influence(settings: InfluenceSettings) -> dict[str, Any]:
+    """Measure, save and print; returns the result record.
+
+    Raises: UsageError where the file exists, or the density leaves a layer nothing; RunError where a layer's output is
+    not finite.
+    """
+    device = torch.device(settings.device)
     watch = report.Stopwatch(device)
-    source = models.find_source(options.model)
-    path = Path(getattr(options, "bi_score", None) or f"{options.save_path}/{options.prefix}{source.name}-bi.json")
-    if path.exists():
-        raise UsageError(f"{path} exists and nothing is ever overwritten: choose another --bi_score, or move it away")
-    check_target(path, "", False)
+    source = models.find_source(settings.model)
+    path = Path(settings.bi_score or f"{settings.save_path}/{settings.prefix}{source.name}-bi.json")
+    check_new(path)
     config = models.load_config(source)
-    dtype = options.dtype or models.default_dtype_name(source, config, device)
-    text = data.read_text(options.dataset[0] if options.dataset else None, "train")
+    dtype = settings.dtype or models.default_dtype_name(source, config, device)
+    text = data.read_text(settings.dataset, "train")
     tokens = data.tokenize(models.load_tokenizer(source), text.text)
-    tokens, _ = data.hold_out(tokens, options.heldout_nsamples, options.model_seq_len)
-    windows = data.random_windows(tokens, options.reconstruct_nsamples, options.model_seq_len, seed=options.seed)
+    tokens, _ = data.hold_out(tokens, settings.heldout_nsamples, settings.model_seq_len)
+    windows = data.random_windows(tokens, settings.reconstruct_nsamples, settings.model_seq_len, seed=settings.seed)
     model, layers = open_model(source, models.DTYPES[dtype])
-    described, influence = describe_layers(model, layers), []
-    modules = modules_of(model, described)
-    parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
-    influence = block_influence(model, described, windows, device=device, source=layers)
-    plan = narrow_plan(modules, described, parts, density=options.density, influence=influence)
-    settings = {
-        "model": options.model,
+    measured = _measured(model, layers, windows, device=device, density=settings.density)
+    how = {
+        "model": settings.model,
         "dataset": text.name,
         "windows_sha256": hash_of(windows.tolist()),
         "dtype": dtype,
-        "seed": options.seed,
+        "seed": settings.seed,
     }
-    write_influence(path, influence, settings)
-    names = [(f"{layer.name}.{p.value}", f"{layer.name}.{p.down}") for layer, p in zip(described, parts, strict=True)]
-    rows = [
-        [index, f"{score:.4f}", *(plan[name].number or "dense" for name in both)]
-        for index, (score, both) in enumerate(zip(influence, names, strict=True))
-    ]
+    write_influence(path, measured.influence, how)
+    both = enumerate(zip(measured.influence, measured.widths, strict=True))
+    rows = [[index, f"{score:.4f}", *widths] for index, (score, widths) in both]
     print(report.markdown_table(["layer", "influence", "channels of a head", "channels of the MLP"], rows))
     return {
         "mode": "bi",
-        "command": options.command,
+        "command": settings.command,
         "path": str(path),
-        "density_asked": options.density,
-        **settings,
-        "influence": influence,
-        "ranks": numbers_of(plan),
+        "density_asked": settings.density,
+        **how,
+        "influence": measured.influence,
+        "ranks": numbers_of(measured.plan),
         **watch.readings(),
     }
+
+
+def _measured(
+    model: PreTrainedModel, layers: LayerSource, windows: Tensor, *, device: torch.device, density: float
+) -> _Measured:
+    described = describe_layers(model, layers)
+    modules = modules_of(model, described)
+    parts = [parts_of(model.get_submodule(layer.name), layer) for layer in described]
+    influence = block_influence(model, described, windows, device=device, source=layers)
+    plan = narrow_plan(modules, described, parts, density=density, influence=influence)
+
+    def shown(layer: DecoderLayer, name: str) -> int | str:
+        return plan[f"{layer.name}.{name}"].number or "dense"
+
+    both = zip(described, parts, strict=True)
+    return _Measured(influence, plan, [(shown(layer, part.value), shown(layer, part.down)) for layer, part in both])

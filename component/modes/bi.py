@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from component.channels.settings import InfluenceSettings
 from component.modes import shared
 from component.modes.parser import Options
 
@@ -31,7 +32,26 @@ def check(options: Options) -> None:
     shared.check_model(options)
 
 
-def run(options: Options) -> dict[str, Any]:
-    from component.channels.influence import run as engine
+def settings_of(options: Options) -> InfluenceSettings:
+    return InfluenceSettings(
+        model=options.model,
+        save_path=options.save_path,
+        prefix=options.prefix,
+        bi_score=options.bi_score,
+        density=options.density,
+        dataset=options.dataset[0] if options.dataset else None,
+        reconstruct_nsamples=options.reconstruct_nsamples,
+        heldout_nsamples=options.heldout_nsamples,
+        model_seq_len=options.model_seq_len,
+        seed=options.seed,
+        device=options.DEV,
+        dtype=options.dtype,
+        command=options.command,
+    )
 
-    return engine(options)
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure, save and print; returns the result record."""
+    from component.channels.influence import measure_influence
+
+    return measure_influence(settings_of(options))

@@ -21,7 +21,6 @@ from component.channels.flatllm import (
     value_moment,
 )
 from component.channels.influence import block_influence, read_influence, write_influence
-from component.channels.influence import run as run_bi
 from component.channels.narrowing import Narrowing, narrow_entries, narrow_plan
 from component.channels.parts import parts_of
 from component.checkpoint.counting import stored_as
@@ -29,6 +28,7 @@ from component.flow.means import Flows, Means
 from component.flow.modules import modules_of
 from component.flow.streaming import Compression, compress_layers
 from component.format.narrow import PaddedHeads, PickedHeads
+from component.modes.bi import run as run_bi
 from component.ranks.cost import PIVOTED
 from component.ranks.sizes import DENSE, Channels
 from component.solve.solvers import make_solver
