@@ -100,7 +100,8 @@ def solve_layer(
     with layer.passes(stops, means) as (dense_flow, flow):
         for group in groups:
             low_rank = flow.at(group[0]) if batches[1] else itertools.repeat(None, len(batches[0]))
-            moments = _gathered(layer, group[0], dense_flow.at(group[0]), low_rank, solver=solver, flows=flows)
+            dense = dense_flow.at(group[0])
+            moments = _gathered(layer, group[0], dense=dense, low_rank=low_rank, solver=solver, flows=flows)
             team.add_up(moments, layer.device)
             solved = {}
             mine = [name for number, name in enumerate(group) if number % team.size == team.rank]
@@ -127,9 +128,9 @@ def solve_layer(
 def _gathered(
     layer: LayerAtWork,
     first: str,
+    *,
     dense: Iterable[Stop],
     low_rank: Iterable[Stop | None],
-    *,
     solver: Solver,
     flows: Flows,
 ) -> Moments:
