@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from component.bench.layer import PUBLISHED, TWO_FOUR, Pivoted, Shape, draw_pivots, published_pifa, two_four_row
 from component.bench.rows import Maker, Row
 from component.format.linear import LowRankLinear, PIFALinear, PivotOrderLinear
-from component.runner.ops import Scratch, in_order, silu_product
+from component.runner.layout import Scratch
+from component.runner.ops import in_order, silu_product
 from component.runner.stack import Stack
 
 KINDS = ("dense", "low-rank, same density", "PIFA here", "PIFA here, folded")

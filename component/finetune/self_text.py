@@ -98,7 +98,7 @@ def _lean_writer(model: Any, at_once: int, length: int, seed: int) -> Callable[[
         return None
     lean.eos = []
     draw = torch.Generator(device=lean.position.device).manual_seed(seed)
-    return lambda tokens: lean.generate(tokens, length - tokens.shape[1], 1.0, draw)
+    return lambda tokens: lean.generate(tokens, length - tokens.shape[1], temperature=1.0, generator=draw)
 
 
 def _writer(model: Any, length: int, seed: int) -> Callable[[Tensor], Tensor]:

@@ -164,6 +164,8 @@ def streamed(
             "model allows it, or lower --max_new_tokens"
         )
     streamer.put(tokens.cpu())
-    found = lean.generate(tokens, new_tokens, temperature, draw, lambda column: streamer.put(column[0].cpu()))
+    found = lean.generate(
+        tokens, new_tokens, temperature=temperature, generator=draw, seen=lambda column: streamer.put(column[0].cpu())
+    )
     streamer.end()
     return found

@@ -7,51 +7,38 @@ linears run side by side, through the same kernels. Narrower values have zeros i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from component.runner import ops as kernels
-from component.runner.ops import Heads, Layout, Scratch
-from component.runner.stack import Stack
+from component.runner.checks import PROBE, check_model, decoder_of, rotary_tables
+from component.runner.layout import AttentionState, Layout, Scratch
+from component.runner.ops import (
+    add_and_norm,
+    attention,
+    decode_attention,
+    fast_kernels,
+    in_order,
+    rotate_and_store,
+    silu_product,
+)
+from component.runner.weights import Layer, Weights, stacked_weights
 from utils.errors import UsageError
 
-PROBE = 8  # tokens that are run through both models
+# logits of a short text against the model's own, relative
 PROBE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-HEAD_NORMS = {"q_norm", "k_norm"}
-MLP = {"gate_proj", "up_proj", "down_proj"}
-
-
-@dataclass
-class Layer:
-    """One decoder layer: its two norms, its four stacks and its part of the cache."""
-
-    before_attention: Tensor
-    qkv: Stack
-    o: Stack
-    before_mlp: Tensor
-    gate_up: Stack
-    down: Stack
-    heads: Heads
-    cache: tuple[Tensor, Tensor]  # keys, values: (max_batch, key heads, max_length, head size)
 
 
 class LeanModel:
     """Runs what `from_transformers` read from a model. One rectangular batch at a time, no padding.
 
-    The batch size of `decode` is that of the last `prefill`.
+    The batch size of `decode` is that of the last `prefill`. eos: the tokens that end a text; pad: what follows them.
     """
 
-    def __init__(self, embedding: Tensor, layers: list[Layer], norm: Tensor, head: Stack, eps: float, scale: float,
-                 rotary: tuple[Tensor, Tensor], eos: list[int], pad: int | None):  # fmt: skip
-        self.embedding, self.layers, self.norm, self.head = embedding, layers, norm, head
-        self.eps, self.scale, self.rotary = eps, scale, rotary
-        self.eos, self.pad = eos, pad
-        keys = layers[0].cache[0]
+    def __init__(self, weights: Weights, *, eos: list[int], pad: int | None):
+        self.weights, self.eos, self.pad = weights, eos, pad
+        keys = weights.layers[0].cache[0]
         self.max_batch, self.max_length = keys.shape[0], keys.shape[2]
         self.position = torch.zeros(1, dtype=torch.int64, device=keys.device)
         self.scratch = Scratch.on(keys.device)
@@ -64,70 +51,43 @@ class LeanModel:
         model: Any,
         max_batch: int = 1,
         max_length: int = 2048,
+        *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "LeanModel":
         """Read a LLaMA-like causal model; its parameters become views of this one's.
 
         The model is moved to `device` and `dtype` where they are given. A short text is run through both, so a model
-        that looks the same but computes something else is found out.
+        that looks the same but computes something else is noticed.
 
         Raises: UsageError that says what this runner does not do.
         """
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
         model.eval()
-        decoder, layers = _decoder(model)
-        _check_config(model.config, max_length)
-        for layer in layers:
-            _check_layer(layer)
-        _check_alike(decoder)
+        decoder = decoder_of(model)
+        check_model(decoder, model.config, max_length)
         embedding = decoder.embed_tokens.weight
         probe = _probe(len(embedding), min(PROBE, max_length)).to(embedding.device)
+        settings = getattr(model, "generation_config", None) or model.config
+        eos = settings.eos_token_id
         with torch.no_grad():
-            rotary = _rotary(decoder, max_length)
+            rotary = rotary_tables(decoder, max_length)
             expected = model(probe, use_cache=False).logits.float()
-            lean = cls._build(model, decoder, layers, rotary, max_batch, max_length)
-            found = lean.prefill(probe, every_position=True)
-        error = ((found.float() - expected).norm() / expected.norm()).item()
-        if not error < PROBE_TOLERANCE[found.dtype]:
+            weights = stacked_weights(model, decoder, rotary, max_batch=max_batch, max_length=max_length)
+            lean = cls(
+                weights,
+                eos=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+                pad=settings.pad_token_id,
+            )
+            logits = lean.prefill(probe, every_position=True)
+        error = ((logits.float() - expected).norm() / expected.norm()).item()
+        if not error < PROBE_TOLERANCE[logits.dtype]:
             raise UsageError(
                 f"{type(model).__name__} is built like a LLaMA but computes something else: "
                 f"logits differ by {error:.1e} of their norm"
             )
         return lean
-
-    @classmethod
-    def _build(
-        cls, model: Any, decoder: Any, layers: Any, rotary: tuple[Tensor, Tensor], max_batch: int, max_length: int
-    ) -> "LeanModel":
-        embedding = decoder.embed_tokens.weight.detach()
-        attention = layers[0].self_attn
-        eps = _eps(layers[0].input_layernorm)
-        built = []
-        for layer in layers:
-            a, m = layer.self_attn, layer.mlp
-            heads = _heads(a, eps)
-            cache = embedding.new_zeros(2, max_batch, heads.keys, max_length, heads.size)
-            built.append(
-                Layer(
-                    layer.input_layernorm.weight.detach(),
-                    Stack([a.q_proj, a.k_proj, a.v_proj]),
-                    Stack([a.o_proj]),
-                    layer.post_attention_layernorm.weight.detach(),
-                    Stack([m.gate_proj, m.up_proj]),
-                    Stack([m.down_proj]),
-                    heads,
-                    (cache[0], cache[1]),
-                )
-            )
-        settings = getattr(model, "generation_config", None) or model.config
-        eos = settings.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return cls(
-            embedding, built, decoder.norm.weight.detach(), Stack([model.lm_head]), eps, attention.scaling,
-            rotary, eos, settings.pad_token_id,
-        )  # fmt: skip
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, every_position: bool = False) -> Tensor:
@@ -152,7 +112,7 @@ class LeanModel:
         if self._filled == self.max_length:
             raise UsageError(f"the cache is full: {self.max_length} tokens")
         self._filled += 1
-        if not (self.embedding.is_cuda and kernels.fast_kernels(self.embedding)):
+        if not (self.weights.embedding.is_cuda and fast_kernels(self.weights.embedding)):
             return self._step(tokens.view(-1, 1))
         if self._batch not in self._graphs:
             self._graphs[self._batch] = self._capture(tokens)
@@ -166,6 +126,7 @@ class LeanModel:
         self,
         tokens: Tensor,
         max_new_tokens: int,
+        *,
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
         seen: Callable[[Tensor], None] = lambda column: None,
@@ -173,7 +134,7 @@ class LeanModel:
         """tokens: (batch, length) -> (batch, up to length + max_new_tokens), as transformers' generate.
 
         Greedy at temperature 0. A sequence that has met an end-of-text token goes on with padding; all having met
-        one ends it. seen: is given each column of new tokens, (batch, 1), as it is found.
+        one ends it. seen: is called with each column of new tokens, (batch, 1), as it comes.
         """
         if tokens.shape[1] + max_new_tokens > self.max_length:
             raise UsageError(f"{tokens.shape[1]} + {max_new_tokens} tokens do not fit the cache of {self.max_length}")
@@ -183,41 +144,50 @@ class LeanModel:
         result = [tokens]
         for step in range(max_new_tokens):
             logits = self.prefill(tokens) if step == 0 else self.decode(result[-1])
-            chosen = _choose(logits, temperature, generator).to(tokens.dtype)
-            result.append(torch.where(going, chosen, pad)[:, None])
+            new = _draw(logits, temperature, generator).to(tokens.dtype)
+            result.append(torch.where(going, new, pad)[:, None])
             seen(result[-1])
             if self.eos:
-                going &= ~torch.isin(chosen, ends)
+                going &= ~torch.isin(new, ends)
                 if not going.any():
                     break
         return torch.cat(result, dim=1)
 
     def _forward(self, tokens: Tensor, every_position: bool) -> Tensor:
+        """Logits of the last position, (batch, vocabulary), or of every one, (batch, length, vocabulary)."""
         batch, length = tokens.shape
-        scratch = self.scratch
-        hidden = self.embedding[tokens.flatten()]  # (batch * length, d)
+        weights, scratch = self.weights, self.scratch
+        hidden = weights.embedding[tokens.flatten()]  # (batch * length, d)
         update: tuple[Tensor, Layout] | None = None
-        for layer in self.layers:
-            hidden, x = kernels.add_and_norm(hidden, update, layer.before_attention, self.eps)
-            cache = layer.cache[0][:batch], layer.cache[1][:batch]
-            z = layer.qkv(x, scratch)
-            ready = z, layer.qkv.layout, layer.heads, self.rotary, self.position, cache
-            if length == 1:
-                y = kernels.decode_attention(*ready, self.scale, scratch)
-            else:
-                q = kernels.rotate_and_store(*ready)
-                y = kernels.attention(q, tuple(part[:, :, :length] for part in cache), self.scale, causal=True)
+        for layer in weights.layers:
+            hidden, x = add_and_norm(hidden, update, layer.before_attention, eps=weights.eps)
+            y = self._attention(layer, layer.qkv(x, scratch), batch, length=length)
             update = layer.o(y, scratch), layer.o.layout
-            hidden, x = kernels.add_and_norm(hidden, update, layer.before_mlp, self.eps)
-            y = kernels.silu_product(layer.gate_up(x, scratch), layer.gate_up.layout)
+            hidden, x = add_and_norm(hidden, update, layer.before_mlp, eps=weights.eps)
+            y = silu_product(layer.gate_up(x, scratch), layer.gate_up.layout)
             update = layer.down(y, scratch), layer.down.layout
         assert update is not None
         if not every_position and length > 1:
             last = slice(length - 1, None, length)
             hidden, update = hidden[last].contiguous(), (update[0][last], update[1])
-        _, x = kernels.add_and_norm(hidden, update, self.norm, self.eps)
-        logits = kernels.in_order(self.head(x, scratch), self.head.layout)
+        _, x = add_and_norm(hidden, update, weights.norm, eps=weights.eps)
+        logits = in_order(weights.head(x, scratch), weights.head.layout)
         return logits.view(batch, length, -1) if every_position else logits
+
+    def _attention(self, layer: Layer, z: Tensor, batch: int, *, length: int) -> Tensor:
+        """z: (batch * length, width) of q, k and v -> (batch * length, queries * size); the cache takes k and v."""
+        keys, values = layer.cache[0][:batch], layer.cache[1][:batch]
+        state = AttentionState(
+            heads=layer.heads,
+            rotary=self.weights.rotary,
+            position=self.position,
+            cache=(keys, values),
+            scale=self.weights.scale,
+        )
+        if length == 1:
+            return decode_attention(z, layer.qkv.layout, state, scratch=self.scratch)
+        q = rotate_and_store(z, layer.qkv.layout, state)
+        return attention(q, (keys[:, :, :length], values[:, :, :length]), scale=state.scale, causal=True)
 
     def _step(self, tokens: Tensor) -> Tensor:
         logits = self._forward(tokens, every_position=False)
@@ -248,88 +218,7 @@ def _probe(vocabulary: int, length: int) -> Tensor:
     return (torch.arange(1, length + 1) * (vocabulary // (length + 1)))[None]
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]
-
-
-def _heads(attention: Any, eps: float) -> Heads:
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    query_norm, key_norm = (None if norm is None else norm.weight.detach() for norm in norms)
-    size = attention.head_dim
-    queries, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
-    return Heads(queries, keys, size, query_norm, key_norm, eps)
-
-
-# ---------------------------------------------------------------- is it a model that this runner can run
-
-
-def _decoder(model: Any) -> tuple[Any, Any]:
-    decoder: Any = getattr(model, "model", None)
-    parts = {name for name, _ in decoder.named_children()} if isinstance(decoder, nn.Module) else set()
-    if parts != {"embed_tokens", "layers", "norm", "rotary_emb"} or not hasattr(model, "lm_head"):
-        raise UsageError(f"{type(model).__name__} is not built like a LLaMA: embed_tokens, layers, norm, lm_head")
-    return decoder, decoder.layers
-
-
-def _check_layer(layer: Any) -> None:
-    attention = _children(layer, LAYER, "decoder layer")["self_attn"]
-    extra = {name for name, _ in attention.named_children()} & HEAD_NORMS
-    _children(attention, ATTENTION | (HEAD_NORMS if extra else set()), "attention")
-    mlp = _children(layer.mlp, MLP | {"act_fn"}, "MLP")
-    probe = torch.linspace(-4, 4, 9)
-    if not torch.allclose(mlp["act_fn"](probe), nn.functional.silu(probe), atol=1e-6):
-        raise UsageError("its MLP uses another activation than SiLU")
-    for norm in ("q_norm", "k_norm"):
-        if norm in extra and len(getattr(attention, norm).weight) != attention.head_dim:
-            raise UsageError(f"its {norm} is not over one head")
-
-
-def _check_alike(decoder: Any) -> None:
-    """What the runner holds once must be the same in every layer."""
-    attentions = [layer.self_attn for layer in decoder.layers]
-    norms = [norm for layer in decoder.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    norms += [getattr(attention, name) for attention in attentions for name in HEAD_NORMS if hasattr(attention, name)]
-    if len({_eps(norm) for norm in [*norms, decoder.norm]}) > 1:
-        raise UsageError("its norms use several epsilons")
-    if len({(attention.scaling, attention.head_dim) for attention in attentions}) > 1:
-        raise UsageError("its layers have attention heads of several kinds")
-
-
-def _children(module: nn.Module, names: set[str], what: str) -> dict[str, Any]:
-    found = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
-    if set(found) != names:
-        raise UsageError(f"its {what} is made of {', '.join(sorted(found))}, not of {', '.join(sorted(names))}")
-    return found
-
-
-def _check_config(config: Any, max_length: int) -> None:
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and max_length > window:
-        raise UsageError(f"its sliding window of {window} is shorter than max_length {max_length}")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name, None) is not None:
-            raise UsageError(f"its scores are capped ({name}), which this runner does not do")
-
-
-def _eps(norm: Any) -> float:
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if eps is None:
-        raise UsageError(f"{type(norm).__name__} tells no epsilon")
-    return eps
-
-
-def _rotary(decoder: Any, max_length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, as the model's own module gives them: (max_length, head size), float32."""
-    device = decoder.embed_tokens.weight.device
-    places = torch.arange(max_length, device=device)[None]
-    reference = torch.zeros(1, dtype=torch.float32, device=device)
-    near = decoder.rotary_emb(reference, places[:, :PROBE])
-    tables = decoder.rotary_emb(reference, places)
-    if any(not torch.equal(a[0], b[0, :PROBE]) for a, b in zip(near, tables, strict=True)):
-        raise UsageError("its rotary angles depend on the length of the text, which this runner does not do")
-    cos, sin = (table[0].contiguous() for table in tables)
-    if cos.shape[1] != decoder.layers[0].self_attn.head_dim:
-        raise UsageError("its rotary embedding turns only a part of each head, which this runner does not do")
-    return cos, sin

@@ -2,84 +2,31 @@
 
 A stack of linears that share an input leaves its outputs in the order in which it computed them (see `Layout`).
 Nothing is ever put back in order for its own sake: the function that reads the outputs next picks each one from
-where it lies. On a GPU these are Triton kernels (runner_triton.py); elsewhere the plain expressions below.
+where it lies. On a GPU these are Triton kernels (runner/gpu); elsewhere the plain expressions below.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from component.format.kernels import HAS_TRITON
-
-SMALL_BATCH = 32  # rows up to which a product is bound by reading its weights
-
-
-class Run(NamedTuple):
-    """Output j of a module is column j + low of z where j < split, else j + high."""
-
-    split: int
-    low: int
-    high: int
+from component.runner.layout import SMALL_BATCH, AttentionState, Coefficients, Layout, Scratch
 
 
-class Layout(NamedTuple):
-    """Where a stack's outputs lie in z: (tokens, width)."""
-
-    sizes: tuple[int, ...]  # d_out of each module
-    runs: tuple[Run, ...] | None  # one for each module, or None where only `columns` tell
-    columns: Tensor  # (sum of sizes,) int32: output j of all modules, one after another, is z[:, columns[j]]
-    bias: Tensor | None  # (sum of sizes,), in the modules' own order
-
-    @property
-    def starts(self) -> tuple[int, ...] | None:
-        """First column of each module if all lie there whole and in order."""
-        if self.runs is None or any(run.split < size for run, size in zip(self.runs, self.sizes, strict=True)):
-            return None
-        return tuple(run.low for run in self.runs)
-
-
-class Coefficients(NamedTuple):
-    """z[:, column : column + n] = z[:, start : start + k] weight^T, weight: (n, k)."""
-
-    weight: Tensor
-    start: int
-    column: int
-
-
-class Scratch(NamedTuple):
-    """Where programs that share a result meet; one at a time uses it."""
-
-    partial: Tensor  # float32
-    arrivals: Tensor  # int32 zeros, left as zeros
-
-    @classmethod
-    def on(cls, device: torch.device) -> "Scratch":
-        return cls(torch.empty(1 << 20, device=device), torch.zeros(1024, dtype=torch.int32, device=device))
-
-
-class Heads(NamedTuple):
-    """How many heads of what size; norms are RMSNorm weights (head_dim,) of queries and keys, or None."""
-
-    queries: int
-    keys: int
-    size: int
-    query_norm: Tensor | None = None
-    key_norm: Tensor | None = None
-    eps: float = 0.0
-
-
-def stacked_product(x: Tensor, first: Tensor, coefficients: list[Coefficients], width: int, scratch: Scratch) -> Tensor:
+def stacked_product(
+    x: Tensor, first: Tensor, coefficients: list[Coefficients], *, width: int, scratch: Scratch
+) -> Tensor:
     """z: (tokens, width) with x first^T in its first columns and each coefficient product in its own.
 
     x: (tokens, d_in), first: (rows, d_in). Columns that no product fills are left as they are.
     """
     z = x.new_empty(len(x), width)
     if len(x) <= SMALL_BATCH and (triton := fast_kernels(x)) is not None:
-        triton.small_products(x, [Coefficients(first, 0, 0)], z, scratch)
+        triton.small_products(x, [Coefficients(first, 0, 0)], z, scratch=scratch)
         if coefficients:
-            triton.small_products(z, coefficients, z, scratch)
+            triton.small_products(z, coefficients, z, scratch=scratch)
         return z
     # products into slices of one buffer: cuBLAS takes the row stride, so nothing is copied
     torch.mm(x, first.T, out=z[:, : len(first)])
@@ -99,11 +46,11 @@ def in_order(z: Tensor, layout: Layout) -> Tensor:
 
 
 def add_and_norm(
-    hidden: Tensor, update: tuple[Tensor, Layout] | None, weight: Tensor, eps: float
+    hidden: Tensor, update: tuple[Tensor, Layout] | None, weight: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
     """hidden += outputs; returns the sum and its RMSNorm, weight * sum / rms(sum). hidden: (tokens, d), in place."""
     if (triton := fast_kernels(hidden)) is not None:
-        return triton.add_and_norm(hidden, update, weight, eps)
+        return triton.add_and_norm(hidden, update, weight, eps=eps)
     if update is not None:
         hidden += in_order(*update)
     return hidden, _rms_norm(hidden, weight, eps)
@@ -117,53 +64,36 @@ def silu_product(z: Tensor, layout: Layout) -> Tensor:
     return functional.silu(gate) * up
 
 
-def rotate_and_store(
-    z: Tensor,
-    layout: Layout,
-    heads: Heads,
-    rotary: tuple[Tensor, Tensor],
-    position: Tensor,
-    cache: tuple[Tensor, Tensor],
-) -> Tensor:
+def rotate_and_store(z: Tensor, layout: Layout, state: AttentionState) -> Tensor:
     """Queries with rotary embedding, (batch, length, queries, size); keys with it and values go into the cache.
 
-    z: (batch * length, width) of a stack of q, k and v. rotary: cos and sin, (positions, size), float32; angles of
-    both halves are the same. position: (1,) int64, that of the first token. cache: keys and values,
-    (batch, keys, max_length, size).
+    z: (batch * length, width) of a stack of q, k and v.
     """
     if (triton := fast_kernels(z)) is not None:
-        return triton.rotate_and_store(z, layout, heads, rotary, position, cache)
+        return triton.rotate_and_store(z, layout, state)
+    heads, cache = state.heads, state.cache
     batch = len(cache[0])
     length = len(z) // batch
     q, k, v = (part.view(batch, length, -1, heads.size) for part in in_order(z, layout).split(layout.sizes, dim=1))
     if heads.query_norm is not None and heads.key_norm is not None:
         q, k = _rms_norm(q, heads.query_norm, heads.eps), _rms_norm(k, heads.key_norm, heads.eps)
-    places = position + torch.arange(length, device=z.device)
-    cos, sin = (table[places, None] for table in rotary)
+    places = state.position + torch.arange(length, device=z.device)
+    cos, sin = (table[places, None] for table in state.rotary)
     for store, part in zip(cache, (_rotate(k, cos, sin), v), strict=True):
         store.index_copy_(2, places, part.transpose(1, 2))
     return _rotate(q, cos, sin)
 
 
-def decode_attention(
-    z: Tensor,
-    layout: Layout,
-    heads: Heads,
-    rotary: tuple[Tensor, Tensor],
-    position: Tensor,
-    cache: tuple[Tensor, Tensor],
-    scale: float,
-    scratch: Scratch,
-) -> Tensor:
+def decode_attention(z: Tensor, layout: Layout, state: AttentionState, *, scratch: Scratch) -> Tensor:
     """`rotate_and_store` for one token a sequence, then its attention over the cache: (batch, queries * size)."""
     if (triton := fast_kernels(z)) is not None:
-        return triton.decode_attention(z, layout, heads, rotary, position, cache, scale, scratch)
-    q = rotate_and_store(z, layout, heads, rotary, position, cache)
-    length = int(position) + 1
-    return attention(q, tuple(part[:, :, :length] for part in cache), scale, causal=False)
+        return triton.decode_attention(z, layout, state, scratch=scratch)
+    q = rotate_and_store(z, layout, state)
+    length = int(state.position) + 1
+    return attention(q, tuple(part[:, :, :length] for part in state.cache), scale=state.scale, causal=False)
 
 
-def attention(q: Tensor, cache: tuple[Tensor, ...], scale: float, causal: bool) -> Tensor:
+def attention(q: Tensor, cache: tuple[Tensor, ...], *, scale: float, causal: bool) -> Tensor:
     """softmax(scale q k^T) v: (batch * length, queries * size). Keys and values: (batch, keys, length, size)."""
     keys, values = cache
     grouped = q.shape[2] != keys.shape[1]
@@ -185,9 +115,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def fast_kernels(x: Tensor) -> Any:
-    """runner_triton where x is on a GPU and Triton is there, else None."""
+    """The package runner/gpu where x is on a GPU and Triton is there, else None."""
     if not (x.is_cuda and HAS_TRITON):
         return None
-    from component.runner import gpu as runner_triton
+    from component.runner import gpu
 
-    return runner_triton
+    return gpu

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from component.format.linear import FactoredLinear, LowRankLinear, PIFALinear
 from component.format.narrow import PaddedHeads, PickedHeads
-from component.runner import ops as kernels
-from component.runner.ops import Coefficients, Layout, Run, Scratch
+from component.runner.layout import Coefficients, Layout, Run, Scratch
+from component.runner.ops import stacked_product
 from utils.errors import UsageError
 
-Linear = nn.Linear | FactoredLinear | PaddedHeads | PickedHeads
+Stackable = nn.Linear | FactoredLinear | PaddedHeads | PickedHeads
 ALIGNED = 16  # numbers; what starts at a multiple of it is read in whole vectors
 
 
@@ -26,7 +26,7 @@ class Stack:
     Raises: UsageError for a module that is none of these, or for heads to be picked beside other linears.
     """
 
-    def __init__(self, modules: Sequence[Linear]):
+    def __init__(self, modules: Sequence[Stackable]):
         firsts, seconds = zip(*map(_factors, modules), strict=True)
         padded = any(isinstance(module, PaddedHeads) for module in modules)
         self.picked = _picked(modules)
@@ -40,7 +40,7 @@ class Stack:
         self.coefficients: list[Coefficients] = []
         places = []
         for module, second, start in zip(modules, seconds, starts, strict=True):
-            places.append(_places(module, start, self.width, zero))
+            places.append(_places(module, start=start, column=self.width, zero=zero))
             if second is not None:
                 weight = _pad_columns(second.weight.detach())
                 _rebind(second, weight[:, : second.weight.shape[1]])
@@ -48,10 +48,10 @@ class Stack:
                 self.width += _aligned(len(weight))
         runs = [run for run in map(_run, places) if run is not None]
         self.layout = Layout(
-            tuple(module.out_features for module in modules),
-            tuple(runs) if len(runs) == len(places) else None,
-            torch.cat(places).int(),
-            _bias(modules, self.first),
+            sizes=tuple(module.out_features for module in modules),
+            runs=tuple(runs) if len(runs) == len(places) else None,
+            columns=torch.cat(places).int(),
+            bias=_bias(modules, self.first),
         )
 
     def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
@@ -59,10 +59,10 @@ class Stack:
         if self.picked is not None:
             heads, width = self.picked
             x = x.unflatten(-1, (heads, -1))[..., :width].flatten(-2)
-        return kernels.stacked_product(x, self.first, self.coefficients, self.width, scratch)
+        return stacked_product(x, self.first, self.coefficients, width=self.width, scratch=scratch)
 
 
-def _picked(modules: Sequence[Linear]) -> tuple[int, int] | None:
+def _picked(modules: Sequence[Stackable]) -> tuple[int, int] | None:
     """Heads and how many channels of each are read, where the one linear does not read all."""
     picking = [module for module in modules if isinstance(module, PickedHeads)]
     if not picking:
@@ -72,7 +72,7 @@ def _picked(modules: Sequence[Linear]) -> tuple[int, int] | None:
     return picking[0].heads, picking[0].width
 
 
-def _factors(module: Linear) -> tuple[Any, nn.Linear | None]:
+def _factors(module: Stackable) -> tuple[Any, nn.Linear | None]:
     """The linear that reads the input and, where there is one, the linear that reads its output."""
     if isinstance(module, PIFALinear):
         return module.pivot, module.coeff if len(module.coeff.weight) else None
@@ -120,7 +120,7 @@ def _rebind(linear: Any, weight: Tensor) -> None:
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _places(module: Linear, start: int, column: int, zero: int) -> Tensor:
+def _places(module: Stackable, *, start: int, column: int, zero: int) -> Tensor:
     """Column of z of each output: (d_out,) int64. First factor from column `start` on, second from `column` on.
 
     zero: a column of zeros.
@@ -146,7 +146,7 @@ def _run(places: Tensor) -> Run | None:
     return Run(split, int(shifts[0]), int(shifts[-1]))
 
 
-def _bias(modules: Sequence[Linear], like: Tensor) -> Tensor | None:
+def _bias(modules: Sequence[Stackable], like: Tensor) -> Tensor | None:
     if all(module.bias is None for module in modules):
         return None
     biases = [m.dense_bias() if isinstance(m, PaddedHeads) else m.bias for m in modules]

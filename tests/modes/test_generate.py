@@ -143,7 +143,7 @@ def test_the_lean_runner_streams_what_it_generates(temperature, capsys):
     lean = LeanModel.from_transformers(model, max_length=32)
     draws = [torch.Generator().manual_seed(4) for _ in range(2)]
     found = streamed(lean, tokens, 9, temperature, draws[0], TextStreamer(tiny.tokenizer(), skip_special_tokens=True))
-    assert torch.equal(found, lean.generate(tokens, 9, temperature, draws[1]))
+    assert torch.equal(found, lean.generate(tokens, 9, temperature=temperature, generator=draws[1]))
     assert capsys.readouterr().out == tiny.tokenizer().decode(found[0], skip_special_tokens=True) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""component/runner/gpu/__init__.py against the plain expressions in float64: on a GPU, or in Triton's interpreter.
+"""component/runner/gpu against the plain expressions in float64: on a GPU, or in Triton's interpreter.
 
 Without a GPU: `TRITON_INTERPRET=1 pytest tests/runner/test_gpu.py`, where triton is installed.
 """
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from component.runner import ops as kernels
+from component.runner.layout import AttentionState, Coefficients, Heads, Layout, Run, Scratch
 from component.runner.model import LeanModel
-from component.runner.ops import Coefficients, Heads, Layout, Run, Scratch
 from tests import tiny
 from tests.runner.test_model import compressed, reference
 
@@ -29,10 +29,10 @@ LAYOUTS = ["whole", "two runs", "scattered", "scattered with biases"]
 @pytest.fixture
 def fast(monkeypatch):
     """The kernels, taken for every tensor of the device under test but never for float64."""
-    from component.runner import gpu as runner_triton
+    from component.runner import gpu
 
-    monkeypatch.setattr(kernels, "fast_kernels", lambda x: None if x.dtype == torch.float64 else runner_triton)
-    return runner_triton
+    monkeypatch.setattr(kernels, "fast_kernels", lambda x: None if x.dtype == torch.float64 else gpu)
+    return gpu
 
 
 def given(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -81,7 +81,7 @@ def test_products(fast, groups, tokens, dtype):
         products.append(Coefficients(given(n, k, dtype=dtype, seed=i + 1), start, column))
         start, column = start + k, column + n
     scratch = Scratch.on(z.device)
-    fast.small_products(x, products, z, scratch)
+    fast.small_products(x, products, z, scratch=scratch)
     for weight, start, column in products:
         expected = x[:, start : start + weight.shape[1]].double() @ weight.double().T
         assert tiny.relative(z[:, column : column + len(weight)].double(), expected) < TOLERANCE[dtype]
@@ -99,8 +99,8 @@ def test_add_and_norm(fast, kind, tokens, dtype):
     if kind is not None:
         width, where = layout(kind, d, dtype=dtype)
         update = given(tokens, width, dtype=dtype, seed=2), where
-    expected = kernels.add_and_norm(wide(hidden), wide(update), wide(weight), 1e-5)
-    for found, value in zip(kernels.add_and_norm(hidden, update, weight, 1e-5), expected, strict=True):
+    expected = kernels.add_and_norm(wide(hidden), wide(update), wide(weight), eps=1e-5)
+    for found, value in zip(kernels.add_and_norm(hidden, update, weight, eps=1e-5), expected, strict=True):
         assert tiny.relative(found.double(), value) < TOLERANCE[dtype]
 
 
@@ -130,11 +130,11 @@ def test_attention_of_a_prompt_and_of_a_step(fast, size, kind, norms, dtype):
     prompt, step = given(2 * 70, width, dtype=dtype), given(2, width, dtype=dtype, seed=1)
 
     def run(z, where, heads, cache, z_step):
-        q = kernels.rotate_and_store(z, where, heads, rotary, position.zero_(), (cache[0], cache[1]))
+        state = AttentionState(heads, rotary, position.zero_(), (cache[0], cache[1]), scale=0.3)
+        q = kernels.rotate_and_store(z, where, state)
         scratch = Scratch.on(z.device)
-        y = kernels.decode_attention(
-            z_step, where, heads, rotary, position.fill_(70), (cache[0], cache[1]), 0.3, scratch
-        )
+        position.fill_(70)
+        y = kernels.decode_attention(z_step, where, state, scratch=scratch)
         assert not scratch.arrivals.any()
         return q, y, cache
 

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from component.format.linear import LowRankLinear, PIFALinear
 from component.format.narrow import PaddedHeads, PickedHeads
-from component.runner import ops as kernels
+from component.runner.layout import Scratch
 from component.runner.model import LeanModel
+from component.runner.ops import in_order
 from component.runner.stack import Stack
 from tests import tiny
 from utils.errors import UsageError
@@ -134,7 +135,7 @@ def test_narrow_heads_end_in_a_column_of_zeros(width):
     padded.weight.data = tiny.rand(2 * width, 16).float()
     stack, x = Stack([nn.Linear(16, 16, bias=False), padded.requires_grad_(False)]), tiny.rand(3, 16, seed=1).float()
     expected = padded(x)
-    found = kernels.in_order(stack(x, kernels.Scratch.on(x.device)), stack.layout)[:, 16:]
+    found = in_order(stack(x, Scratch.on(x.device)), stack.layout)[:, 16:]
     assert torch.equal(found == 0, expected == 0) and torch.allclose(found, expected, atol=1e-6)
 
 
@@ -177,10 +178,12 @@ def test_a_second_text_starts_anew():
 def test_sampling_follows_the_generator():
     lean = LeanModel.from_transformers(tiny.build("llama-gqa"), 2, 32)
     tokens = tiny.token_windows(2, 5)
-    draws = [lean.generate(tokens, NEW, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    draws = [
+        lean.generate(tokens, NEW, temperature=1.0, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    cold = lean.generate(tokens, NEW, 1e-4, torch.Generator().manual_seed(0))
+    cold = lean.generate(tokens, NEW, temperature=1e-4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(cold, lean.generate(tokens, NEW))
 
 
@@ -195,8 +198,9 @@ def test_nothing_is_stored_twice(kinds):
 
 
 def _weights(lean: LeanModel):
-    stacks = [lean.head, *(s for layer in lean.layers for s in (layer.qkv, layer.o, layer.gate_up, layer.down))]
-    return [lean.embedding, *(w for s in stacks for w in (s.first, *(c.weight for c in s.coefficients)))]
+    weights = lean.weights
+    stacks = [weights.head, *(s for layer in weights.layers for s in (layer.qkv, layer.o, layer.gate_up, layer.down))]
+    return [weights.embedding, *(w for s in stacks for w in (s.first, *(c.weight for c in s.coefficients)))]
 
 
 @pytest.mark.parametrize("identity", [True, False])

@@ -1,4 +1,4 @@
-"""Rotary embedding into the cache, and one token's attention over it. For a GPU."""
+"""Rotary embedding into the cache, and one token's attention over it. CUDA only."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from component.runner.gpu.launch import launch_options, multiprocessors, pick, precision, start_in_turn
-from component.runner.ops import SMALL_BATCH, Heads, Layout, Scratch
+from component.runner.layout import SMALL_BATCH, AttentionState, Heads, Layout, Scratch
 
 
 @triton.jit
@@ -63,21 +63,15 @@ def _rotate_kernel(
         tl.store(cache + at + half, b.to(q.dtype.element_ty), mask=mask)
 
 
-def rotate_and_store(
-    z: Tensor,
-    layout: Layout,
-    heads: Heads,
-    rotary: tuple[Tensor, Tensor],
-    position: Tensor,
-    cache: tuple[Tensor, Tensor],
-) -> Tensor:
-    keys, values = cache
+def rotate_and_store(z: Tensor, layout: Layout, state: AttentionState) -> Tensor:
+    """As runner/ops.py says."""
+    heads, rotary, position, (keys, values), _ = state
     batch, tokens = len(keys), len(z)
     q = z.new_empty(batch, tokens // batch, heads.queries, heads.size)
-    given, firsts, constants = _given(z, layout, heads)
+    tensors, firsts, constants = _arguments(z, layout, heads)
     few = tokens <= SMALL_BATCH
     _rotate_kernel[(triton.cdiv(tokens, 1 if few else 16), heads.queries + 2 * heads.keys)](
-        *given, *rotary, position, q, keys, values, tokens, tokens // batch, z.stride(0), *firsts, keys.stride(0),
+        *tensors, *rotary, position, q, keys, values, tokens, tokens // batch, z.stride(0), *firsts, keys.stride(0),
         keys.stride(1), heads.eps, **constants, HALF=triton.next_power_of_2(heads.size // 2), BT=1 if few else 16,
         num_warps=1 if few else 4, **launch_options(tokens),
     )  # fmt: skip
@@ -244,17 +238,9 @@ def attention_tile(pairs: int) -> tuple[int, int, int, int]:
     return 64, max(1, min(8, 2 * multiprocessors(torch.cuda.is_available()) // pairs)), 4, 2
 
 
-def decode_attention(
-    z: Tensor,
-    layout: Layout,
-    heads: Heads,
-    rotary: tuple[Tensor, Tensor],
-    position: Tensor,
-    cache: tuple[Tensor, Tensor],
-    scale: float,
-    scratch: Scratch,
-) -> Tensor:
-    keys, values = cache
+def decode_attention(z: Tensor, layout: Layout, state: AttentionState, *, scratch: Scratch) -> Tensor:
+    """As runner/ops.py says."""
+    heads, rotary, position, (keys, values), scale = state
     pairs = len(keys) * heads.keys
     group, half = max(16, triton.next_power_of_2(heads.queries // heads.keys)), heads.size // 2
     half = max(16, triton.next_power_of_2(half))
@@ -263,17 +249,17 @@ def decode_attention(
     splits = min(splits, len(scratch.partial) // (pairs * 2 * group * (half + 1)) or 1)
     if z.dtype.itemsize == 4:
         rows = 32
-    given, firsts, constants = _given(z, layout, heads)
+    tensors, firsts, constants = _arguments(z, layout, heads)
     _decode_kernel[(pairs, splits)](
-        *given, *rotary, position, keys, values, out, *scratch, z.stride(0), *firsts, keys.stride(0), keys.stride(1),
+        *tensors, *rotary, position, keys, values, out, *scratch, z.stride(0), *firsts, keys.stride(0), keys.stride(1),
         scale, heads.eps, **constants, HALF=half, BG=group, BL=rows, SPLITS=splits, AHEAD=splits > 1,
         PRECISION=precision(z), num_warps=warps, num_stages=stages, **launch_options(len(keys)),
     )  # fmt: skip
     return out
 
 
-def _given(z: Tensor, layout: Layout, heads: Heads) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
-    """What both kernels are told of z: tensors from z to key_norm, the first columns of k and v, constants."""
+def _arguments(z: Tensor, layout: Layout, heads: Heads) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any]]:
+    """Of both kernels: tensors from z to key_norm, the first columns of k and v, constants."""
     starts = layout.starts if layout.starts is not None and layout.starts[0] == 0 else None  # q first, all whole
     norms = (z, z) if heads.query_norm is None else (heads.query_norm, heads.key_norm)
     constants = {

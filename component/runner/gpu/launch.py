@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from component.runner.ops import SMALL_BATCH
+from component.runner.layout import SMALL_BATCH
 
 AN_H100 = 132  # multiprocessors
 

@@ -1,4 +1,4 @@
-"""Products of at most 32 tokens: a decode step is bound by reading their weights once. For a GPU."""
+"""Products of at most 32 tokens: a decode step is bound by reading their weights once. CUDA only."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from component.runner.gpu.launch import is_hopper, launch_options, multiprocessors, precision, start_in_turn
-from component.runner.ops import Coefficients, Scratch
+from component.runner.layout import Coefficients, Scratch
 
 VECTOR = 8  # numbers that a thread reads at once
 MOST_ROWS, LEAST_ROWS = 64, 16  # of a matrix, that one program computes
@@ -158,7 +158,7 @@ def _rows_each(counts: tuple[int, ...], programs: int) -> int:
     return rows
 
 
-def small_products(x: Tensor, products: list[Coefficients], z: Tensor, scratch: Scratch) -> None:
+def small_products(x: Tensor, products: list[Coefficients], z: Tensor, *, scratch: Scratch) -> None:
     """Up to three products of the same rows in one launch; x and z may be one buffer, in columns that do not meet."""
     tokens, groups = len(x), len(products)
     longest = max(weight.shape[1] for weight, _, _ in products)

@@ -1,4 +1,4 @@
-"""What stands between products on the residual stream and in the gated MLP. For a GPU."""
+"""What stands between products on the residual stream and in the gated MLP. CUDA only."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from component.runner.gpu.launch import launch_options, pick, start_in_turn
-from component.runner.ops import SMALL_BATCH, Layout
+from component.runner.layout import SMALL_BATCH, Layout
 
 
 @triton.jit
@@ -37,8 +37,9 @@ def _add_norm_kernel(
 
 
 def add_and_norm(
-    hidden: Tensor, update: tuple[Tensor, Layout] | None, weight: Tensor, eps: float
+    hidden: Tensor, update: tuple[Tensor, Layout] | None, weight: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """As runner/ops.py says."""
     tokens, d = hidden.shape
     out = torch.empty_like(hidden)
     z, columns, bias, start, gather = hidden, weight, None, 0, False
@@ -82,6 +83,7 @@ def _silu_kernel(
 
 
 def silu_product(z: Tensor, layout: Layout) -> Tensor:
+    """As runner/ops.py says."""
     tokens, d = len(z), layout.sizes[0]
     out = z.new_empty(tokens, d)
     gate, up = layout.runs or ((0, 0, 0), (0, 0, 0))
