@@ -1,11 +1,15 @@
 """evaluater.py: perplexity is the brute-force number, and a loss that is not finite is an error."""
 
+import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from evaluater import perplexity
 from tests import tiny
@@ -65,3 +69,21 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_first_window(value
     windows[3:, 4] = 7
     with pytest.raises(RunError, match=r"window 3 \(of 5\)"):
         perplexity(Fixed(table), windows, batch_size)
+
+
+def test_alone_it_judges_a_compressed_folder(pivoted, tmp_path):
+    """In a process that imports nothing else of this project."""
+    torch.save(WINDOWS, tmp_path / "windows.pt")
+    script = """
+import json, sys
+import evaluater
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+print(json.dumps([type(model.model.layers[0].mlp.up_proj).__name__,
+    evaluater.perplexity(model, torch.load(sys.argv[2]), 2).ppl]))
+"""
+    command = [sys.executable, "-c", script, str(pivoted), str(tmp_path / "windows.pt")]
+    kind, ppl = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert kind == "PIFALinear"
+    model = AutoModelForCausalLM.from_pretrained(pivoted).eval()
+    assert ppl == pytest.approx(perplexity(model, WINDOWS, 2).ppl, rel=1e-5)

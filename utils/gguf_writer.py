@@ -226,7 +226,7 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 # ---------------------------------------------------------------- the file
 
 
-def write(path: Path, model: Any, words: Vocabulary, dtype: torch.dtype, name: str) -> None:
+def write(path: Path, model: Any, words: Vocabulary, *, dtype: torch.dtype, name: str) -> None:
     """model: dense, in float32 on the CPU; matrices are written as `dtype`, vectors in float32.
 
     Raises: RunError where a weight does not fit float16.

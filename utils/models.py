@@ -14,7 +14,7 @@ from utils import names
 from utils.errors import UsageError
 from utils.gguf_file import Header, is_llama, llama_config, read_header
 from utils.gguf_weights import load_llama
-from utils.sources import Source, find_source  # noqa: F401
+from utils.sources import Source
 from utils.whole_files import sha256
 
 DTYPES = {name: getattr(torch, name) for name in names.DTYPE_NAMES}

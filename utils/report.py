@@ -1,14 +1,12 @@
 """Result records: what every run prints as its last line and keeps beside its checkpoint."""
 
 import importlib.metadata
-import os
 import platform
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "gguf", "peft", "lm_eval")
@@ -53,19 +51,20 @@ def device_name(device: torch.device) -> str:
 
 def available_memory() -> int:
     """Bytes of free host memory."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().free
 
 
 def resident_memory() -> int:
-    """Bytes of host memory that this process holds now; where the system does not say, the most that it ever did."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return peak_memory()
+    """Bytes of host memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
     """Bytes of host memory that this process held at most so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows; psutil has no peak elsewhere
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -23,7 +23,8 @@ from utils.errors import UsageError
 from utils.gguf_file import is_llama, read_header
 from utils.gguf_weights import GGUFTensors
 from utils.layers import CPU, HeldLayers, LayerSource, decoder_layers
-from utils.models import Source, dtype_argument, load_config, load_model, readable
+from utils.models import dtype_argument, load_config, load_model, readable
+from utils.sources import Source
 
 log = logging.getLogger("pifa")
 

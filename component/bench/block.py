@@ -5,6 +5,7 @@ each output from where it lies. Dense and low-rank rows get the same kernels, so
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from component.runner.stack import Stack
 
 KINDS = ("dense", "low-rank, same density", "PIFA here", "PIFA here, folded")
 STACKED_DENSE = "dense, stacked"
-Linear = nn.Linear | LowRankLinear | PIFALinear
+AnyLinear = nn.Linear | LowRankLinear | PIFALinear
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -50,10 +51,10 @@ class MLPShape(NamedTuple):
         }  # fmt: skip
 
 
-def random_linear(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Linear:
+def random_linear(kind: str, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> AnyLinear:
     """A linear of one of KINDS; a folded one has the identity for its perm. No gradients."""
     like: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
-    layer: Linear
+    layer: AnyLinear
     if kind == "dense":
         layer = nn.utils.skip_init(nn.Linear, shape.d_in, shape.d_out, **like)
     elif kind.startswith("low-rank"):
@@ -73,39 +74,39 @@ def random_linear(kind: str, shape: Shape, dtype: torch.dtype, device: torch.dev
 
 def block_makers(shape: MLPShape, dtype: torch.dtype, device: torch.device) -> list[Maker]:
     """Every way to run the block, plain dense first."""
-    like = (shape, dtype, device)
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
     return [
-        *(partial(plain_row, kind, *like) for kind in KINDS[:2]),
-        partial(published_row, *like),
-        *(partial(plain_row, kind, *like) for kind in KINDS[2:]),
-        *(partial(stacked_row, kind, *like) for kind in KINDS),
-        partial(two_four_block, *like),
+        *(partial(plain_row, kind, shape, **like) for kind in KINDS[:2]),
+        partial(published_row, shape, **like),
+        *(partial(plain_row, kind, shape, **like) for kind in KINDS[2:]),
+        *(partial(stacked_row, kind, shape, **like) for kind in KINDS),
+        partial(two_four_block, shape, **like),
     ]
 
 
-def plain_row(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.device) -> Row:
+def plain_row(kind: str, shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> Row:
     """The three linears as modules, SiLU and product by PyTorch."""
-    modules = _modules(kind, shape, dtype, device)
+    modules = _modules(kind, shape, dtype=dtype, device=device)
     return _row(kind, modules, partial(mlp, modules))
 
 
-def published_row(shape: MLPShape, dtype: torch.dtype, device: torch.device) -> Row:
-    modules = _modules(KINDS[2], shape, dtype, device)
+def published_row(shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> Row:
+    modules = _modules(KINDS[2], shape, dtype=dtype, device=device)
     layers = [_as_published(module) for module in modules if isinstance(module, PIFALinear)]
     row = _row(PUBLISHED, modules, partial(mlp, [partial(published_pifa, layer=layer) for layer in layers]))
     stored = tuple(t for layer in layers for t in (layer.pivot, layer.coeff, layer.pivots, layer.others))
-    return Row(row.name, stored, row.forward, row.expected, row.flops)
+    return replace(row, tensors=stored)
 
 
 def _as_published(layer: PIFALinear) -> Pivoted:
     columns = layer.perm.argsort()
     pivots, others = columns[: layer.rank], columns[layer.rank :]
-    return Pivoted(layer.pivot.weight, layer.coeff.weight, layer.perm, pivots, others)
+    return Pivoted(pivot=layer.pivot.weight, coeff=layer.coeff.weight, perm=layer.perm, pivots=pivots, others=others)
 
 
-def stacked_row(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.device) -> Row:
+def stacked_row(kind: str, shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> Row:
     """As the lean runner does it; down's outputs are put in order at the end, as the residual addition would."""
-    modules = _modules(kind, shape, dtype, device)
+    modules = _modules(kind, shape, dtype=dtype, device=device)
     into, out, scratch = Stack(modules[:2]), Stack(modules[2:]), Scratch.on(device)
 
     def forward(x: Tensor) -> Tensor:
@@ -114,33 +115,42 @@ def stacked_row(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.de
     return _row(f"{kind}, stacked", modules, forward)
 
 
-def two_four_block(shape: MLPShape, dtype: torch.dtype, device: torch.device) -> Row:
-    rows = [two_four_row(TWO_FOUR, one, dtype, device) for one in (shape.into, shape.into, shape.out)]
+def two_four_block(shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> Row:
+    rows = [two_four_row(TWO_FOUR, one, dtype=dtype, device=device) for one in (shape.into, shape.into, shape.out)]
     if refused := [row.refused for row in rows if row.refused]:
         return Row(TWO_FOUR, refused=refused[0])
     forward, expected = (partial(mlp, [getattr(row, which) for row in rows]) for which in ("forward", "expected"))
     tensors = tuple(tensor for row in rows for tensor in row.tensors)
-    return Row(TWO_FOUR, tensors, forward, expected, sum(row.flops for row in rows), False, foreign=True)
+    return Row(
+        TWO_FOUR,
+        tensors,
+        forward=forward,
+        expected=expected,
+        flops=sum(row.flops for row in rows),
+        has_gradients=False,
+        foreign=True,
+    )
 
 
-def _modules(kind: str, shape: MLPShape, dtype: torch.dtype, device: torch.device) -> list[Linear]:
+def _modules(kind: str, shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> list[AnyLinear]:
     """gate, up and down; of a folded block, down's outputs go to the residual stream and are put in order."""
     kinds = (kind, kind, kind.removesuffix(", folded"))
     both = zip(kinds, (shape.into, shape.into, shape.out), strict=True)
-    return [random_linear(one, size, dtype, device) for one, size in both]
+    return [random_linear(one, size, dtype=dtype, device=device) for one, size in both]
 
 
-def _row(name: str, modules: list[Linear], forward: Forward) -> Row:
+def _row(name: str, modules: list[AnyLinear], forward: Forward) -> Row:
     """A row of modules; what it stores are their tensors, though a stack may hold them in its own way."""
 
     def expected(x: Tensor) -> Tensor:
         return mlp([_wide(module) for module in modules], x)
 
     tensors = tuple(t for module in modules for t in module.state_dict().values())
-    return Row(name, tensors, forward, expected, 2 * sum(p.numel() for m in modules for p in m.parameters()))
+    flops = 2 * sum(p.numel() for m in modules for p in m.parameters())
+    return Row(name, tensors, forward=forward, expected=expected, flops=flops)
 
 
-def _wide(module: Linear) -> Forward:
+def _wide(module: AnyLinear) -> Forward:
     """The module in float64, by the plainest expressions."""
     if isinstance(module, PIFALinear):
         weight = torch.cat([module.pivot.weight.double(), module.coeff.weight.double() @ module.pivot.weight.double()])

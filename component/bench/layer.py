@@ -3,7 +3,7 @@
 Weights are random: speed does not depend on values as long as they vary, so nothing is factored here.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ class Pivoted(NamedTuple):
     others: Tensor  # (d_out - r,) int64
 
 
-def draw(rows: int, columns: int, dtype: torch.dtype, device: torch.device, norm: float = 1.0) -> Tensor:
+def draw(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device, norm: float = 1.0) -> Tensor:
     """(rows, columns) normal numbers, the rows of that norm on average."""
     return torch.randn(rows, columns, device=device, dtype=dtype) * (norm / columns**0.5)
 
@@ -92,8 +92,9 @@ def draw_pivoted(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pivo
     d_out, d_in, rank = shape
     pivots, others = draw_pivots(shape, device)
     perm = torch.cat([pivots, others]).argsort().int()
-    coeff = draw(d_out - rank, rank, dtype, device, COEFFICIENT_NORM)
-    return Pivoted(draw(rank, d_in, dtype, device), coeff, perm, pivots, others)
+    pivot = draw(rank, d_in, dtype=dtype, device=device)
+    coeff = draw(d_out - rank, rank, dtype=dtype, device=device, norm=COEFFICIENT_NORM)
+    return Pivoted(pivot=pivot, coeff=coeff, perm=perm, pivots=pivots, others=others)
 
 
 def dense(x: Tensor, weight: Tensor) -> Tensor:
@@ -122,35 +123,41 @@ def plain_pifa(x: Tensor, layer: Pivoted, natural: bool = True) -> Tensor:
 
 
 def layer_makers(
-    shape: Shape, dtype: torch.dtype, device: torch.device, names: Collection[str] | None = None
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, names: Collection[str] | None = None
 ) -> list[Maker]:
     """Every way to run a layer of this shape, dense first; or those of these names."""
-    like = (dtype, device)
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
     makers: dict[str, Maker] = {
-        DENSE: partial(dense_row, shape, *like),
-        LOW_RANK_SAME_RANK: partial(low_rank_row, LOW_RANK_SAME_RANK, shape, shape.rank, *like),
-        LOW_RANK_SAME_DENSITY: partial(low_rank_row, LOW_RANK_SAME_DENSITY, shape, shape.low_rank, *like),
-        **{name: partial(pifa_row, name, shape, *like) for name in (PUBLISHED, PIVOT_ORDER, NATURAL_ORDER)},
-        **{name: partial(two_four_row, name, shape, *like) for name in (TWO_FOUR, TWO_FOUR_CUTLASS)},
+        DENSE: partial(dense_row, shape, **like),
+        LOW_RANK_SAME_RANK: partial(low_rank_row, LOW_RANK_SAME_RANK, shape, shape.rank, **like),
+        LOW_RANK_SAME_DENSITY: partial(low_rank_row, LOW_RANK_SAME_DENSITY, shape, shape.low_rank, **like),
+        **{name: partial(pifa_row, name, shape, **like) for name in (PUBLISHED, PIVOT_ORDER, NATURAL_ORDER)},
+        **{name: partial(two_four_row, name, shape, **like) for name in (TWO_FOUR, TWO_FOUR_CUTLASS)},
     }
     return [maker for name, maker in makers.items() if names is None or name in names]
 
 
-def dense_row(shape: Shape, dtype: torch.dtype, device: torch.device) -> Row:
-    weight = draw(shape.d_out, shape.d_in, dtype, device)
-    return Row(DENSE, (weight,), lambda x: dense(x, weight), lambda x: dense(x, weight.double()), 2 * weight.numel())
+def dense_row(shape: Shape, *, dtype: torch.dtype, device: torch.device) -> Row:
+    weight = draw(shape.d_out, shape.d_in, dtype=dtype, device=device)
+
+    def expected(x: Tensor) -> Tensor:
+        return dense(x, weight.double())
+
+    return Row(DENSE, (weight,), forward=lambda x: dense(x, weight), expected=expected, flops=2 * weight.numel())
 
 
-def low_rank_row(name: str, shape: Shape, rank: int, dtype: torch.dtype, device: torch.device) -> Row:
-    u, v = draw(shape.d_out, rank, dtype, device), draw(rank, shape.d_in, dtype, device)
+def low_rank_row(name: str, shape: Shape, rank: int, *, dtype: torch.dtype, device: torch.device) -> Row:
+    u = draw(shape.d_out, rank, dtype=dtype, device=device)
+    v = draw(rank, shape.d_in, dtype=dtype, device=device)
 
     def expected(x: Tensor) -> Tensor:
         return low_rank(x, u.double(), v.double())
 
-    return Row(name, (u, v), lambda x: low_rank(x, u, v), expected, 2 * (u.numel() + v.numel()))
+    flops = 2 * (u.numel() + v.numel())
+    return Row(name, (u, v), forward=lambda x: low_rank(x, u, v), expected=expected, flops=flops)
 
 
-def pifa_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Row:
+def pifa_row(name: str, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> Row:
     layer = draw_pivoted(shape, dtype, device)
     pivot, coeff, perm, pivots, others = layer
     flops = 2 * (pivot.numel() + coeff.numel())
@@ -159,14 +166,19 @@ def pifa_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) 
         wide = layer._replace(pivot=pivot.double(), coeff=coeff.double())
         return plain_pifa(x, wide, natural=name != PIVOT_ORDER)
 
-    if name == PUBLISHED:
-        return Row(name, (pivot, coeff, pivots, others), lambda x: published_pifa(x, layer), expected, flops)
-    if name == PIVOT_ORDER:
-        return Row(name, (pivot, coeff), lambda x: pivoted_product(x, pivot, coeff), expected, flops)
-    return Row(name, (pivot, coeff, perm), lambda x: pifa_linear(x, pivot, coeff, perm), expected, flops)
+    def natural(x: Tensor) -> Tensor:
+        return pifa_linear(x, pivot, coeff, perm)
+
+    stored: dict[str, tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor]]] = {
+        PUBLISHED: ((pivot, coeff, pivots, others), lambda x: published_pifa(x, layer)),
+        PIVOT_ORDER: ((pivot, coeff), lambda x: pivoted_product(x, pivot, coeff)),
+        NATURAL_ORDER: ((pivot, coeff, perm), natural),
+    }
+    tensors, forward = stored[name]
+    return Row(name, tensors, forward=forward, expected=expected, flops=flops)
 
 
-def two_four_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Row:
+def two_four_row(name: str, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> Row:
     """2:4 sparsity as torch.sparse stores and multiplies it, by one of its two libraries.
 
     The larger two of every four weights are kept. (W x^T)^T, not F.linear: to write y by rows takes cuSPARSELt 200
@@ -175,7 +187,7 @@ def two_four_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.devi
     """
     if device.type != "cuda":
         return Row(name, refused="not supported here: no GPU")
-    weight = draw(shape.d_out, shape.d_in, dtype, device)
+    weight = draw(shape.d_out, shape.d_in, dtype=dtype, device=device)
     groups = weight.view(shape.d_out, -1, 4)
     pruned = groups.scatter(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0).view_as(weight)
     kinds: dict[str, Any] = {
@@ -193,7 +205,15 @@ def two_four_row(name: str, shape: Shape, dtype: torch.dtype, device: torch.devi
 
     stored = tuple(t for t in (sparse.packed, sparse.meta) if t is not None)
     flops = weight.numel()  # half of the products
-    return Row(name, stored, lambda x: two_four(x, sparse), expected, flops, has_gradients=False, foreign=True)
+    return Row(
+        name,
+        stored,
+        forward=lambda x: two_four(x, sparse),
+        expected=expected,
+        flops=flops,
+        has_gradients=False,
+        foreign=True,
+    )
 
 
 def two_four(x: Tensor, sparse: Tensor) -> Tensor:

@@ -33,14 +33,17 @@ class Load(NamedTuple):
     steps: int  # decoded in a row
 
 
-LOADS = {"cuda": Load((8, 2048), 512, (1, 32), 8), "cpu": Load((1, 64), 16, (1, 4), 4)}
+LOADS = {
+    "cuda": Load(prefill=(8, 2048), prompt=512, batches=(1, 32), steps=8),
+    "cpu": Load(prefill=(1, 64), prompt=16, batches=(1, 4), steps=4),
+}
 Model = Any  # transformers' causal models, as their library types them
 Runner = Any  # prefill(tokens: (batch, length)) and decode(tokens: (batch,)), both to logits: (batch, vocabulary)
 Start = Callable[[int, int], Runner]  # of a batch and a length up to which it will be used
 
 
 def random_model(
-    config: transformers.PretrainedConfig, kind: str, density: float, dtype: torch.dtype, device: torch.device
+    config: transformers.PretrainedConfig, kind: str, density: float, *, dtype: torch.dtype, device: torch.device
 ) -> Model:
     """A model of this config on the device, its decoder linears of one of KINDS, with random weights.
 
@@ -58,31 +61,35 @@ def random_model(
         in_order = {producer for junction in (probe.junctions if probe else ()) for producer in junction.producers}
         for full, linear in linears.items():
             shape = Shape.at_density(linear.out_features, linear.in_features, density)
-            new = random_linear(kind if full in in_order or not skeleton else KINDS[2], shape, dtype, device)
+            own = kind if full in in_order or not skeleton else KINDS[2]
+            new = random_linear(own, shape, dtype=dtype, device=device)
             if linear.bias is not None:
                 new.bias = linear.bias
             model.set_submodule(full, new)
     return model
 
 
-def measure_model(name: str, model: Model, load: Load, device: torch.device) -> list[dict[str, Any]]:
+def measure_model(name: str, model: Model, load: Load, *, device: torch.device) -> list[dict[str, Any]]:
     """One result for transformers, one for the lean runner; `refused` where that can't run the model.
 
     The model is in eval mode on the device. Times are medians; a step of decoding follows a prompt.
     """
     size = sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in model.state_dict().values()}.values())
     results = []
-    for runner, start in (("transformers", partial(_Eager, model)), ("lean runner", partial(_Lean, model, device))):
+    for runner, start in (
+        ("transformers", partial(_Eager, model)),
+        ("lean runner", partial(_Lean, model, device=device)),
+    ):
         result = {"row": name, "runner": runner, "weights_gib": size / GIB}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            measured = _measure(start, load, model.config.vocab_size, device)
+            numbers = _measure(start, load, model.config.vocab_size, device=device)
         except UsageError as error:
             results.append({**result, "refused": str(error)})
             continue
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
-        results.append({**result, **measured, "peak_gib": peak})
+        results.append({**result, **numbers, "peak_gib": peak})
     return results
 
 
@@ -108,25 +115,26 @@ class _Eager:
 
 
 class _Lean:
-    def __init__(self, model: Model, device: torch.device, max_batch: int, max_length: int):
+    def __init__(self, model: Model, max_batch: int, max_length: int, *, device: torch.device):
         runner = LeanModel.from_transformers(model, max_batch=max_batch, max_length=max_length, device=device)
         self.prefill, self.decode = runner.prefill, runner.decode
 
 
 @torch.no_grad()
-def _measure(start: Start, load: Load, vocabulary: int, device: torch.device) -> dict[str, float]:
+def _measure(start: Start, load: Load, vocabulary: int, *, device: torch.device) -> dict[str, float]:
     """One runner after another, each freed before the next: its cache may be large."""
-    found = _prefill(start(*load.prefill), load, vocabulary, device)
+    measured = _prefill(start(*load.prefill), load, vocabulary, device=device)
     for batch in load.batches:
         _free(device)
         runner = start(batch, load.prompt + (1 + ROUNDS) * load.steps)
-        found |= {f"{key}_{batch}": value for key, value in _decode(runner, batch, load, vocabulary, device).items()}
+        decoded = _decode(runner, load, vocabulary, batch=batch, device=device)
+        measured |= {f"{key}_{batch}": value for key, value in decoded.items()}
         del runner
     _free(device)
-    return found
+    return measured
 
 
-def _prefill(runner: Runner, load: Load, vocabulary: int, device: torch.device) -> dict[str, float]:
+def _prefill(runner: Runner, load: Load, vocabulary: int, *, device: torch.device) -> dict[str, float]:
     batch, length = load.prefill
     tokens = torch.randint(vocabulary, (batch, length), device=device)
     seconds = _typical(partial(runner.prefill, tokens), device)
@@ -134,7 +142,7 @@ def _prefill(runner: Runner, load: Load, vocabulary: int, device: torch.device) 
     return {"prefill_tokens_s": batch * length / seconds, "tokens_s_without_cache": batch / seconds}
 
 
-def _decode(runner: Runner, batch: int, load: Load, vocabulary: int, device: torch.device) -> dict[str, float]:
+def _decode(runner: Runner, load: Load, vocabulary: int, *, batch: int, device: torch.device) -> dict[str, float]:
     tokens = torch.randint(vocabulary, (batch, load.prompt), device=device)
     first = _typical(lambda: runner.prefill(tokens).argmax(-1), device)
 
@@ -165,6 +173,6 @@ def measure_variants(
     """Build, measure and drop one model after the other: together they may not fit."""
     results = []
     for name, build in variants:
-        results += measure_model(name, build(), load, device)
+        results += measure_model(name, build(), load, device=device)
         _free(device)
     return results

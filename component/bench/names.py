@@ -1,3 +1,4 @@
 """Choices of --mode bench: plain values, for the parser."""
 
-PARTS = ("layer", "block", "model", "all")
+PARTS = ("layer", "block", "model")  # in the order in which they are measured
+ALL = "all"

@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 @torch.no_grad()
-def compare(case: Case, makers: Sequence[Maker], limits: Limits, seconds: float) -> list[dict[str, Any]]:
+def compare(case: Case, makers: Sequence[Maker], limits: Limits, *, seconds: float) -> list[dict[str, Any]]:
     """Check and time every row on the same inputs, in turn; one result each, speedups over the first.
 
     Up to 64 tokens one CUDA graph runs several copies of a row, together larger than the cache, and a result is the

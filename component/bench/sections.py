@@ -58,8 +58,8 @@ class Setting(NamedTuple):
     seconds: float  # that one comparison goes on for, about
 
     @property
-    def like(self) -> tuple[torch.dtype, torch.device]:
-        return self.dtype, self.device
+    def like(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device}
 
 
 class Section(NamedTuple):
@@ -105,7 +105,12 @@ MODELS: Columns = {
 def limits_section(setting: Setting) -> Section:
     """What the machine reached in this run, which results are held against."""
     result = {"dtype": str(setting.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    return Section("limits", device_name(setting.device), [{**result, **setting.limits._asdict()}], LIMITS)
+    return Section(
+        key="limits",
+        title=device_name(setting.device),
+        results=[{**result, **setting.limits._asdict()}],
+        columns=LIMITS,
+    )
 
 
 def layer_sections(setting: Setting) -> Iterator[Section]:
@@ -113,12 +118,12 @@ def layer_sections(setting: Setting) -> Iterator[Section]:
     every: list[Result] = []
     for d_out, d_in in setting.shapes:
         shape = Shape.at_density(d_out, d_in, setting.density)
-        makers = layer_makers(shape, *setting.like)
+        makers = layer_makers(shape, **setting.like)
         results = []
         for tokens in setting.tokens:
-            results += compare(_case(setting, shape, tokens), makers, setting.limits, setting.seconds)
+            results += compare(_case(setting, shape, tokens), makers, setting.limits, seconds=setting.seconds)
         title = f"Layer {d_out} x {d_in}, density {shape.density:.4g}: rank {shape.rank} (low-rank {shape.low_rank})"
-        yield Section("layer", title, results, COMPARED)
+        yield Section(key="layer", title=title, results=results, columns=COMPARED)
         every += results
     yield _over_shapes(every, max(setting.tokens))
     square = [m for m, n in setting.shapes if m == n and m <= LARGEST] or [min(map(min, setting.shapes))]
@@ -135,7 +140,9 @@ def _over_shapes(results: list[Result], tokens: int) -> Section:
             shape = f"{result['d_out']} x {result['d_in']}"
             columns[shape] = (shape, 1)
             rows.setdefault(result["row"], {"row": result["row"]})[shape] = result.get("speedup", "-")
-    return Section("layers", f"Speedup over dense, {tokens} tokens", list(rows.values()), columns)
+    return Section(
+        key="layers", title=f"Speedup over dense, {tokens} tokens", results=list(rows.values()), columns=columns
+    )
 
 
 def _over_ranks(setting: Setting, d: int) -> Section:
@@ -143,42 +150,47 @@ def _over_ranks(setting: Setting, d: int) -> Section:
     results: list[Result] = []
     for share in RANKS:
         shape = Shape(d, d, int(share * d))
-        makers = layer_makers(shape, *setting.like, ROWS_OVER_RANKS)
-        found = compare(_case(setting, shape, max(setting.tokens)), makers, setting.limits, setting.seconds)
+        makers = layer_makers(shape, **setting.like, names=ROWS_OVER_RANKS)
+        found = compare(_case(setting, shape, max(setting.tokens)), makers, setting.limits, seconds=setting.seconds)
         low_rank, *pivoted = found[1:]
         for result in pivoted:
             result["memory_saved"] = 1 - result["weight_bytes"] / low_rank["weight_bytes"]
             result["time_saved"] = 1 - result["seconds"] / low_rank["seconds"]
         results += found
-    return Section("ranks", f"Layer {d} x {d} over ranks", results, OVER_RANKS)
+    return Section(key="ranks", title=f"Layer {d} x {d} over ranks", results=results, columns=OVER_RANKS)
 
 
 def _training(setting: Setting, d: int) -> Section:
     shape = Shape.at_density(d, d, setting.density)
     case = _case(setting, shape, setting.training_tokens)
-    results = compare_training(case, layer_makers(shape, *setting.like), setting.seconds)
-    return Section("training", f"Forward and backward, {d} x {d}", results, SPEED)
+    results = compare_training(case, layer_makers(shape, **setting.like), setting.seconds)
+    return Section(key="training", title=f"Forward and backward, {d} x {d}", results=results, columns=SPEED)
 
 
 def _case(setting: Setting, shape: Shape, tokens: int) -> Case:
-    return Case(shape.labels, shape.d_out, shape.d_in, tokens, *setting.like)
+    return Case(labels=shape.labels, d_out=shape.d_out, d_in=shape.d_in, tokens=tokens, **setting.like)
 
 
 def block_sections(setting: Setting) -> Iterator[Section]:
     """The MLP of the subject; its speedups also over the dense one that has the same kernels."""
     hidden, channels = mlp_sizes(setting.subject.config)
     shape = MLPShape.at_density(hidden, channels, setting.density)
-    makers = block_makers(shape, *setting.like)
+    makers = block_makers(shape, **setting.like)
     results = []
     for tokens in setting.block_tokens:
-        case = Case(shape.labels, hidden, hidden, tokens, *setting.like)
-        found = compare(case, makers, setting.limits, setting.seconds)
+        case = Case(labels=shape.labels, d_out=hidden, d_in=hidden, tokens=tokens, **setting.like)
+        found = compare(case, makers, setting.limits, seconds=setting.seconds)
         stacked = next(result for result in found if result["row"] == STACKED_DENSE)
         for result in found:
             if "refused" not in result:
                 result["over_stacked"] = stacked["seconds"] / result["seconds"]
         results += found
-    yield Section("block", f"MLP {hidden} -> {channels} -> {hidden}, density {setting.density:g}", results, BLOCKS)
+    yield Section(
+        key="block",
+        title=f"MLP {hidden} -> {channels} -> {hidden}, density {setting.density:g}",
+        results=results,
+        columns=BLOCKS,
+    )
 
 
 def mlp_sizes(config: transformers.PretrainedConfig) -> tuple[int, int]:
@@ -196,9 +208,9 @@ def model_sections(setting: Setting) -> Iterator[Section]:
     kinds: tuple[str, ...] = KINDS
     if subject.load is not None:
         kinds = KINDS[:1] if compressed else KINDS[2:]
-    variants = [(kind, partial(random_model, subject.config, kind, setting.density, *setting.like)) for kind in kinds]
+    variants = [(kind, partial(random_model, subject.config, kind, setting.density, **setting.like)) for kind in kinds]
     if subject.load is not None:
-        variants.insert(1 if compressed else 0, (subject.name, partial(subject.load, *setting.like)))
+        variants.insert(1 if compressed else 0, (subject.name, partial(subject.load, setting.dtype, setting.device)))
     load = LOADS[setting.device.type]
     results = measure_variants(variants, load, setting.device)
     for result in results:
@@ -211,7 +223,7 @@ def model_sections(setting: Setting) -> Iterator[Section]:
     batch, length = load.prefill
     density = subject.density if subject.density is not None else setting.density
     title = f"{subject.name}, density {density:.4g}: prefill of {batch} x {length}, prompts of {load.prompt} tokens"
-    yield Section("models", title, results, columns)
+    yield Section(key="models", title=title, results=results, columns=columns)
 
 
 SECTIONS: dict[str, Callable[[Setting], Iterator[Section]]] = {

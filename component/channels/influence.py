@@ -19,7 +19,7 @@ from component.flow.batches import windows_at_once
 from component.flow.modules import modules_of
 from component.ranks.sizes import Plan, numbers_of
 from component.solve.sensitivity import angular_influence
-from utils import data, models, report
+from utils import data, models, report, sources
 from utils.errors import RunError, UsageError
 from utils.layers import DecoderLayer, LayerSource, advance, describe_layers, layer_inputs, map_tensors
 from utils.placement import Shelf
@@ -108,20 +108,24 @@ def measure_influence(settings: InfluenceSettings) -> dict[str, Any]:
     """
     device = torch.device(settings.device)
     watch = report.Stopwatch(device)
-    source = models.find_source(settings.model)
+    source = sources.find_source(settings.model)
     path = Path(settings.bi_score or f"{settings.save_path}/{settings.prefix}{source.name}-bi.json")
     check_new(path)
     config = models.load_config(source)
     dtype = settings.dtype or models.default_dtype_name(source, config, device)
-    text = data.read_text(settings.dataset, "train")
-    tokens = data.tokenize(models.load_tokenizer(source), text.text)
-    tokens, _ = data.hold_out(tokens, settings.heldout_nsamples, settings.model_seq_len)
-    windows = data.random_windows(tokens, settings.reconstruct_nsamples, settings.model_seq_len, seed=settings.seed)
+    dataset, windows, _ = data.calibration_windows(
+        models.load_tokenizer(source),
+        settings.dataset,
+        count=settings.reconstruct_nsamples,
+        length=settings.model_seq_len,
+        seed=settings.seed,
+        held_out=settings.heldout_nsamples,
+    )
     model, layers = open_model(source, models.DTYPES[dtype])
     measured = _measured(model, layers, windows, device=device, density=settings.density)
     how = {
         "model": settings.model,
-        "dataset": text.name,
+        "dataset": dataset,
         "windows_sha256": hash_of(windows.tolist()),
         "dtype": dtype,
         "seed": settings.seed,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from component.checkpoint.reading import Checkpoint, newest_checkpoint, read_checkpoint
-from utils import models
+from utils import models, sources
 from utils.errors import UsageError
 
 ORIGINAL = "original"  # the --model_path that names the model itself
@@ -39,13 +39,13 @@ def choose(
     return source
 
 
-def find_model(model: str, model_path: str | None, save_path: Path) -> models.Source:
+def find_model(model: str, model_path: str | None, save_path: Path) -> sources.Source:
     """What `model_path` names: `original` is `model`, None the newest finished checkpoint under `save_path`.
 
     Raises: UsageError where there is none, or a shard is damaged.
     """
     if model_path == ORIGINAL:
-        source = models.find_source(model)
+        source = sources.find_source(model)
         models.load_config(source)  # a compressed folder is refused here, before any work
         return source
     checkpoint = choose(model_path, save_path)
@@ -53,6 +53,6 @@ def find_model(model: str, model_path: str | None, save_path: Path) -> models.So
     return model_in(checkpoint)
 
 
-def model_in(checkpoint: Checkpoint) -> models.Source:
+def model_in(checkpoint: Checkpoint) -> sources.Source:
     """A checkpoint as the source of a model and a tokenizer."""
-    return models.Source(checkpoint.folder.name, str(checkpoint.folder))
+    return sources.Source(checkpoint.folder.name, str(checkpoint.folder))

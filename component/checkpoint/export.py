@@ -1,74 +1,62 @@
-"""--mode export: a checkpoint as the dense model that it computes, for tools that do not know the format."""
+"""A checkpoint as the dense model that it computes, for tools that do not know the format."""
 
 import contextlib
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 
 import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
-from component.checkpoint import reading as files
+from component.checkpoint.reading import MANIFEST, read_checkpoint
 from component.checkpoint.writer import check_target
-from evaluater import find_model
-from utils import gguf_writer as gguf_model
-from utils import models, report
+from utils import gguf_writer, models
 from utils.errors import UsageError
+from utils.sources import Source
 
-FORMATS = ("transformers", "gguf")
+
+class Exported(NamedTuple):
+    """dtype: of what was written; size: its bytes; record: of the run that made the checkpoint."""
+
+    dtype: str
+    size: int
+    record: dict[str, Any]
 
 
-def run(options: Namespace) -> dict[str, Any]:
-    """Write `<name>-dense/` or `<name>.gguf` under --save_path; returns the result record.
+def export(source: Source, target: Path, *, name: str, as_gguf: bool, dtype: str | None) -> Exported:
+    """Write the model to `target`, a GGUF file or a transformers folder.
+
+    name: that a GGUF file has inside; dtype: None for that of the source.
 
     Raises: UsageError where the target exists, or the model or its tokenizer has no faithful form in the format.
     """
-    device = torch.device("cpu")
-    watch = report.Stopwatch(device)
-    source = find_model(options)
-    as_gguf = options.format == "gguf"
-    name = options.prefix + source.name
-    target = Path(options.save_path) / (f"{name}.gguf" if as_gguf else f"{name}-dense")
     if target.exists():
         raise UsageError(f"{target} exists and nothing is ever overwritten: move it away or give a --prefix")
     check_target(target, "", False)
     tokenizer = models.load_tokenizer(source)
-    compressed = (Path(source.location) / files.MANIFEST).is_file()
-    stored = files.read_checkpoint(source.location).record if compressed else {}
+    compressed = (Path(source.location) / MANIFEST).is_file()
+    record = read_checkpoint(source.location).record if compressed else {}
     config = transformers.AutoConfig.from_pretrained(source.location) if compressed else models.load_config(source)
-    dtype = options.dtype or stored.get("dtype") or models.default_dtype_name(source, config, device)
+    written = dtype or record.get("dtype") or models.default_dtype_name(source, config, torch.device("cpu"))
     if as_gguf:
-        dtype = gguf_model.dtype_for(dtype, asked=options.dtype is not None)
-        gguf_model.check_config(config)
-        words = gguf_model.vocabulary_of(tokenizer, config.vocab_size)
+        written = gguf_writer.dtype_for(written, asked=dtype is not None)
+        gguf_writer.check_config(config)
+        words = gguf_writer.vocabulary_of(tokenizer, config.vocab_size)
 
-    model = models.load_model(source, torch.float32 if as_gguf else models.DTYPES[dtype])
+    model = models.load_model(source, torch.float32 if as_gguf else models.DTYPES[written])
     if compressed:
         model = dense(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _beside(target) as unfinished:
         if as_gguf:
-            gguf_model.write(unfinished, model, words, models.DTYPES[dtype], name)
+            gguf_writer.write(unfinished, model, words, dtype=models.DTYPES[written], name=name)
         else:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
-    return {
-        "mode": "export",
-        "command": options.command,
-        "model": stored.get("model", options.model),
-        "dataset": stored.get("dataset"),
-        "source": source.location,
-        "path": str(target),
-        "format": options.format,
-        "dtype": dtype,
-        "seed": options.seed,
-        "density": 1.0,
-        "bytes": sum(path.stat().st_size for path in ([target] if as_gguf else target.iterdir())),
-        **watch.readings(),
-    }
+    size = sum(path.stat().st_size for path in ([target] if as_gguf else target.iterdir()))
+    return Exported(written, size, record)
 
 
 def dense(model: Any) -> Any:

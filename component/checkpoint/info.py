@@ -1,25 +1,19 @@
-"""--mode info: what a checkpoint is made of, by layer and type, what it takes on disk, and how it was made."""
+"""What a checkpoint is made of, by layer and type, what it takes on disk, and how it was made."""
 
 import logging
 import math
 import re
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
-from component.checkpoint import reading as files
 from component.checkpoint.counting import stored_tensors
 from component.checkpoint.entries import kept_of
+from component.checkpoint.reading import read_checkpoint
 from component.checkpoint.writer import check_target
-from component.flow.modules import modules_of
-from evaluater import find_model
-from utils import models, plots, report
-from utils.layers import describe_layers
+from component.ranks.budget import Module
+from utils import plots, report
 
 log = logging.getLogger("pifa")
 
@@ -32,8 +26,8 @@ MADE_BY = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Linear:
+@dataclass(frozen=True, kw_only=True)
+class StoredLinear:
     """One decoder linear as it is stored. numbers, size: stored numbers and bytes.
 
     rank: or how many channels are left, of each head or of the MLP; None where it is dense.
@@ -57,54 +51,44 @@ class Linear:
         return (int(found[1]), found[2]) if found else (0, self.name)
 
 
-def run(options: Namespace) -> dict[str, Any]:
-    """Print tables of the checkpoint at --model_path, and draw its densities; returns the result record."""
-    device = torch.device(options.DEV)
-    watch = report.Stopwatch(device)
-    source = find_model(options)
-    compressed = (Path(source.location) / files.MANIFEST).is_file()
-    linears, parameters, size, stored = _stored(source.location) if compressed else _original(options, source)
-    numbers, dense = sum(one.numbers for one in linears), sum(one.dense_numbers for one in linears)
-    summary = {
-        "parameters": parameters,
-        "parameters_linears": numbers,
-        "parameters_linears_dense": dense,
-        "density": numbers / dense,
-        "density_model": parameters / (parameters - numbers + dense),
-        "bytes": size,
-        "bytes_linears": sum(one.size for one in linears),
-    }
-    made = {name: stored[name] for name in MADE_BY if name in stored}
-    print(f"{source.name}\n")
-    print(report.markdown_table(["what", "value"], [[key, _shown(value)] for key, value in summary.items()]))
-    for title, value in (("density", _density), ("rank, channels, or dense", _rank)):
-        print(f"\n{title}\n")
-        print(by_place(linears, value))
-    if made:
-        print("\nhow it was made\n")
-        print(report.markdown_table(["what", "value"], [[key, _shown(value)] for key, value in made.items()]))
-    picture = _draw(Path(options.save_path) / f"{options.prefix}{source.name}-density.png", linears, source.name)
-    return {
-        "mode": "info",
-        "command": options.command,
-        "model": stored.get("model", options.model),
-        "dataset": stored.get("dataset"),
-        "path": source.location if compressed else "original",
-        "dtype": stored.get("dtype", options.dtype),
-        "seed": options.seed,
-        **summary,
-        "kinds": {kind: sum(one.kind == kind for one in linears) for kind in sorted({one.kind for one in linears})},
-        "ranks": {one.name: one.rank for one in linears},
-        "densities": {one.name: one.density for one in linears},
-        "made_by": made,
-        "picture": picture,
-        **watch.readings(),
-    }
+class Contents(NamedTuple):
+    """parameters, size: numbers and bytes of all tensors; record: that of the run that made them, or what is known."""
+
+    linears: list[StoredLinear]
+    parameters: int
+    size: int
+    record: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and densities, as the result record has them."""
+        numbers, dense = sum(one.numbers for one in self.linears), sum(one.dense_numbers for one in self.linears)
+        return {
+            "parameters": self.parameters,
+            "parameters_linears": numbers,
+            "parameters_linears_dense": dense,
+            "density": numbers / dense,
+            "density_model": self.parameters / (self.parameters - numbers + dense),
+            "bytes": self.size,
+            "bytes_linears": sum(one.size for one in self.linears),
+        }
+
+    def made_by(self) -> dict[str, Any]:
+        """What is shown of the record."""
+        return {name: self.record[name] for name in MADE_BY if name in self.record}
+
+    def by_linear(self) -> dict[str, Any]:
+        """Kinds, ranks and densities, as the result record has them."""
+        kinds = sorted({one.kind for one in self.linears})
+        return {
+            "kinds": {kind: sum(one.kind == kind for one in self.linears) for kind in kinds},
+            "ranks": {one.name: one.rank for one in self.linears},
+            "densities": {one.name: one.density for one in self.linears},
+        }
 
 
-def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
-    """Linears, numbers and bytes of all tensors, and the record, from the headers of the shards."""
-    checkpoint = files.read_checkpoint(folder)
+def stored_contents(folder: str) -> Contents:
+    """Of a compressed folder, from the headers of its shards."""
+    checkpoint = read_checkpoint(folder)
     numbers = dict.fromkeys(checkpoint.layers, 0)
     sizes = dict.fromkeys(checkpoint.layers, 0)
     parameters = size = 0
@@ -114,38 +98,58 @@ def _stored(folder: str) -> tuple[list[Linear], int, int, dict[str, Any]]:
             numbers[owner] += count
             sizes[owner] += stored
     linears = [
-        Linear(
-            name,
-            entry["kind"],
-            kept_of(entry),
-            entry["in_features"] * entry["out_features"],
-            numbers[name],
-            sizes[name],
+        StoredLinear(
+            name=name,
+            kind=entry["kind"],
+            rank=kept_of(entry),
+            dense_numbers=entry["in_features"] * entry["out_features"],
+            numbers=numbers[name],
+            size=sizes[name],
         )
         for name, entry in checkpoint.layers.items()
     ]
-    return linears, parameters, size, checkpoint.record
+    return Contents(linears=linears, parameters=parameters, size=size, record=checkpoint.record)
 
 
-def _original(options: Namespace, source: models.Source) -> tuple[list[Linear], int, int, dict[str, Any]]:
-    """The same of a model that is not compressed: it has to be loaded, as its file may be of any kind."""
-    device = torch.device(options.DEV)
-    dtype = options.dtype or models.default_dtype_name(source, models.load_config(source), device)
-    model = models.load_model(source, models.DTYPES[dtype])
-    width = models.DTYPES[dtype].itemsize
-    modules = modules_of(model, describe_layers(model))
-    linears = [Linear(one.name, "dense", None, one.numbers, one.numbers, one.numbers * width) for one in modules]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return linears, parameters, parameters * width, {"dtype": dtype}
+def dense_contents(modules: Iterable[Module], parameters: int, *, dtype: str, width: int) -> Contents:
+    """Of a model that is not compressed. modules: its decoder linears; parameters: of all; width: bytes of a number."""
+    linears = [
+        StoredLinear(
+            name=module.name,
+            kind="dense",
+            rank=None,
+            dense_numbers=module.numbers,
+            numbers=module.numbers,
+            size=module.numbers * width,
+        )
+        for module in modules
+    ]
+    return Contents(linears=linears, parameters=parameters, size=parameters * width, record={"dtype": dtype})
 
 
-def by_place(linears: Iterable[Linear], value: Callable[[Linear], Any]) -> str:
+def tables_of(name: str, contents: Contents) -> str:
+    """Markdown: the summary, densities and ranks by place, how it was made."""
+    parts = [f"{name}\n", _two_columns(contents.summary())]
+    for title, value in (("density", _density), ("rank, channels, or dense", _rank)):
+        parts += [f"\n{title}\n", by_place(contents.linears, value)]
+    if made := contents.made_by():
+        parts += ["\nhow it was made\n", _two_columns(made)]
+    return "\n".join(parts)
+
+
+def _two_columns(values: dict[str, Any]) -> str:
+    return report.markdown_table(["what", "value"], [[key, _shown(value)] for key, value in values.items()])
+
+
+def by_place(linears: Iterable[StoredLinear], value: Callable[[StoredLinear], Any]) -> str:
     """A Markdown table with a row for each layer and a column for each type; `value` gives the cells."""
     layers, types, rows = _grid(linears, value, "")
     return report.markdown_table(["layer", *types], [[layer, *row] for layer, row in zip(layers, rows, strict=True)])
 
 
-def _grid(linears: Iterable[Linear], value: Callable[[Linear], Any], empty: Any) -> tuple[list[int], list[str], list]:
+def _grid(
+    linears: Iterable[StoredLinear], value: Callable[[StoredLinear], Any], empty: Any
+) -> tuple[list[int], list[str], list]:
     """Layers, types, and for each layer a row with a value for each type, `empty` where it has none."""
     cells = {one.place: value(one) for one in linears}
     types = list(dict.fromkeys(kind for _, kind in cells))
@@ -153,11 +157,11 @@ def _grid(linears: Iterable[Linear], value: Callable[[Linear], Any], empty: Any)
     return layers, types, [[cells.get((layer, kind), empty) for kind in types] for layer in layers]
 
 
-def _density(linear: Linear) -> str:
+def _density(linear: StoredLinear) -> str:
     return f"{linear.density:.3f}"
 
 
-def _rank(linear: Linear) -> str:
+def _rank(linear: StoredLinear) -> str:
     return "dense" if linear.rank is None else str(linear.rank)
 
 
@@ -167,7 +171,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _draw(path: Path, linears: list[Linear], title: str) -> str | None:
+def draw(path: Path, linears: list[StoredLinear], title: str) -> str | None:
     """The densities as a heat map, layers down, types across; None where the extra for pictures is missing."""
     if not plots.can_plot():
         log.warning("no picture without matplotlib: pip install -r %s", plots.REQUIREMENTS)

@@ -28,7 +28,7 @@ from component.finetune.loop import Point, Recipe, Training
 from component.finetune.self_text import written_rows
 from component.finetune.settings import Settings, compute_dtype, read_settings
 from component.ranks.cost import LOW_RANK, PIVOTED
-from utils import models, plots, report
+from utils import models, plots, report, sources
 from utils.endings import one_line_endings
 from utils.errors import RunError, UsageError
 from utils.models import fingerprint
@@ -84,7 +84,7 @@ def run(options: Namespace) -> dict[str, Any]:
     source = find_checkpoint(options)
     teacher = find_teacher(settings.teacher, source)
     stages = stages_of(settings.order, source.layers)
-    tokenizer = models.load_tokenizer(models.Source(source.folder.name, str(source.folder)))
+    tokenizer = models.load_tokenizer(sources.Source(source.folder.name, str(source.folder)))
     material = read_material(shares, tokenizer, settings.cutoff_len)
     if teacher and rows_of.SELF in material.names:
         material = with_own_text(material, teacher, settings, options)
@@ -183,18 +183,18 @@ def read_material(shares: Sequence[Share], tokenizer: Any, length: int) -> Mater
     return Material([share.name for share in shares], rows, weights)
 
 
-def find_teacher(name: str | None, source: Checkpoint) -> models.Source | None:
+def find_teacher(name: str | None, source: Checkpoint) -> sources.Source | None:
     """`original` is what the checkpoint was made from. Raises: UsageError where it has other words."""
     if name is None:
         return None
-    teacher = models.find_source(source.record["model"] if name == "original" else name)
+    teacher = sources.find_source(source.record["model"] if name == "original" else name)
     words, known = models.load_config(teacher).vocab_size, source.config["vocab_size"]
     if words != known:
         raise UsageError(f"--teacher {name} has {words} words and {source.folder} {known}: it can't teach that")
     return teacher
 
 
-def with_own_text(material: Material, teacher: models.Source, settings: Settings, options: Namespace) -> Material:
+def with_own_text(material: Material, teacher: sources.Source, settings: Settings, options: Namespace) -> Material:
     """The rows of `self`, as many as its share of a stage needs, kept in a file under --save_path."""
     assert settings.max_steps is not None
     place = material.names.index(rows_of.SELF)
@@ -217,7 +217,7 @@ def tune(
     options: Namespace,
     settings: Settings,
     source: Checkpoint,
-    teacher: models.Source | None,
+    teacher: sources.Source | None,
     stages: list[Stage],
     material: Material,
     folder: Path,
@@ -265,7 +265,7 @@ def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def load_trainable(source: Checkpoint, device: torch.device, stages: Sequence[Stage]) -> Any:
     """The model in float32 on its device, nothing in it trainable yet. Raises: UsageError where a factor is missing."""
-    model: Any = models.load_model(models.Source(source.folder.name, str(source.folder)), torch.float32)
+    model: Any = models.load_model(sources.Source(source.folder.name, str(source.folder)), torch.float32)
     for stage in stages:
         for name in stage.linears:
             if type(model.get_submodule(name)) is not nn.Linear:

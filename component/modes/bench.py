@@ -1,12 +1,15 @@
 """--mode bench: how fast and how small the compressed layers are beside what they replace, on this machine."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from component.bench.names import PARTS
+from component.bench.names import ALL, PARTS
 from component.modes import shared
 from component.modes.parser import Flag, Options
 from utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from component.bench.measure import BenchSettings
 
 SUMMARY = "Measure speed and memory of layers, blocks and models."
 MEASURES = "what is measured"
@@ -28,7 +31,7 @@ FLAGS = (
     shared.PREFIX,
     replace(shared.OVERALL_RATIO, shown="0.45"),
     replace(shared.DENSITY, shown="0.55"),
-    Flag("bench_what", "Part that is measured.", MEASURES, default="all", choices=PARTS),
+    Flag("bench_what", "Part that is measured.", MEASURES, default=ALL, choices=(*PARTS, ALL)),
     Flag(
         "bench_dims", "Sizes of square layers.", MEASURES, kind=int, several=True,
         shown="4096 to 32768, on a CPU 512 1024",
@@ -53,6 +56,27 @@ def check(options: Options) -> None:
 
 
 def run(options: Options) -> dict[str, Any]:
-    from component.bench.measure import run as engine
+    """Measure; returns the result record."""
+    from component.bench.measure import measure
 
-    return engine(options)
+    return measure(settings_of(options))
+
+
+def settings_of(options: Options) -> "BenchSettings":
+    from component.bench.measure import BenchSettings
+
+    return BenchSettings(
+        what=options.bench_what,
+        model=options.model,
+        model_path=options.model_path,
+        dims=None if options.bench_dims is None else tuple(options.bench_dims),
+        tokens=tuple(options.bench_tokens) if options.bench_tokens else None,
+        seconds=options.bench_seconds,
+        density=options.density,
+        dtype=options.dtype,
+        device=options.DEV,
+        seed=options.seed,
+        save_path=options.save_path,
+        prefix=options.prefix,
+        command=options.command,
+    )

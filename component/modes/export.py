@@ -1,6 +1,7 @@
 """--mode export: a checkpoint as the dense model that it computes, for tools that do not know the format."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from component.checkpoint.names import FORMATS
@@ -27,6 +28,30 @@ def check(options: Options) -> None:
 
 
 def run(options: Options) -> dict[str, Any]:
-    from component.checkpoint.export import run as engine
+    """Write `<name>-dense/` or `<name>.gguf` under --save_path; returns the result record."""
+    import torch
 
-    return engine(options)
+    from component.checkpoint.choose import find_model
+    from component.checkpoint.export import export
+    from utils.report import Stopwatch
+
+    watch = Stopwatch(torch.device("cpu"))
+    source = find_model(options.model, options.model_path, Path(options.save_path))
+    as_gguf = options.format == "gguf"
+    name = options.prefix + source.name
+    target = Path(options.save_path) / (f"{name}.gguf" if as_gguf else f"{name}-dense")
+    written = export(source, target, name=name, as_gguf=as_gguf, dtype=options.dtype)
+    return {
+        "mode": "export",
+        "command": options.command,
+        "model": written.record.get("model", options.model),
+        "dataset": written.record.get("dataset"),
+        "source": source.location,
+        "path": str(target),
+        "format": options.format,
+        "dtype": written.dtype,
+        "seed": options.seed,
+        "density": 1.0,
+        "bytes": written.size,
+        **watch.readings(),
+    }

@@ -1,6 +1,7 @@
 """--mode generate: continues a text or answers a chat, token by token on stdout."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from component.modes import shared
@@ -42,6 +43,40 @@ def check(options: Options) -> None:
 
 
 def run(options: Options) -> dict[str, Any]:
-    from component.runner.generation import run as engine
+    """Print what the model makes of the prompt as it comes; returns the result record.
 
-    return engine(options)
+    Raises: UsageError for a prompt that can't be read, or --chat without a chat template.
+    """
+    import component.runner.generation as generation
+    from component.checkpoint.choose import find_model
+    from component.modes.subject import load_judged
+    from utils.models import load_tokenizer
+
+    typed = generation.reads_terminal(options.prompt, options.prompt_file)
+    single = None if typed else generation.read_prompt(options.prompt, options.prompt_file)
+    prompts = generation.typed_prompts() if single is None else iter([single])
+    source = find_model(options.model, options.model_path, Path(options.save_path))
+    tokenizer = load_tokenizer(source)
+    chat = generation.chats(options.chat, tokenizer)
+    model, watch, record = load_judged(
+        source, model=options.model, device=options.DEV, dtype=options.dtype, seed=options.seed, command=options.command
+    )
+    sampling = generation.Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        context=options.model_seq_len,
+    )
+    generate, runner = generation.generator_of(model, tokenizer, sampling, device=watch.device)
+    turns = generation.take_turns(prompts, generate, tokenizer, chat=chat, typed=typed, device=watch.device)
+    last = turns[-1] if turns else {"prompt": None, "text": "", "new_tokens": 0}
+    return {
+        **record,
+        "mode": "generate",
+        **last,
+        **({"turns": turns} if len(turns) > 1 else {}),
+        "chat": chat,
+        "temperature": options.temperature,
+        "runner": runner,
+        **watch.readings(),
+    }

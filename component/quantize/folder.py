@@ -93,13 +93,12 @@ def _write_layers(
     stored = models.DTYPES[new.dtype]
     computed = torch.float32 if device.type == "cpu" else stored  # half precision is several times slower there
     model: Any = models.load_model(model_in(new.source), computed)
-    limit = settings.host_memory
     walk = Walk(
         model=model,
         described=describe_layers(model),
         windows=calibration.windows if calibration else None,
         device=device,
-        shelf=Shelf(None if limit is None else int(limit * report.GIB), new.folder.parent),
+        shelf=Shelf.of(settings.host_memory, new.folder.parent),
     )
     grid = Grid(settings.bits, settings.group_size, settings.act_order)
     rounding = Rounding(
@@ -146,8 +145,12 @@ def _refusal(source: Checkpoint) -> str | None:
 
 def _calibration(settings: Settings, source: Checkpoint) -> Calibration:
     tokenizer = models.load_tokenizer(model_in(source))
-    text = data.read_text(settings.dataset, "train")
-    length = settings.model_seq_len
-    before, _ = data.hold_out(data.tokenize(tokenizer, text.text), settings.heldout_nsamples, length)
-    windows = data.random_windows(before, settings.reconstruct_nsamples, length, seed=settings.seed)
-    return Calibration(windows, text.name)
+    dataset, windows, _ = data.calibration_windows(
+        tokenizer,
+        settings.dataset,
+        count=settings.reconstruct_nsamples,
+        length=settings.model_seq_len,
+        seed=settings.seed,
+        held_out=settings.heldout_nsamples,
+    )
+    return Calibration(windows, dataset)

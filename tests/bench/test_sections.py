@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from component.bench import measure as bench
 from component.bench import model as bench_model
 from component.bench import sections as bench_sections
 from component.bench import timing
@@ -31,6 +30,7 @@ from component.bench.model import random_model
 from component.bench.rows import Case, Row, compare, compare_training, relative_error
 from component.bench.timing import Limits
 from component.format.linear import LowRankLinear, PIFALinear, PivotOrderLinear
+from component.modes import bench
 from component.ranks.cost import LOW_RANK, PIVOTED
 from tests import tiny
 from tests.tiny import rand, relative
@@ -206,7 +206,7 @@ def test_training_rows_are_those_with_gradients():
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_models_have_the_kind_and_density_asked(kind):
     config = tiny.build("qwen2").config
-    model = random_model(config, kind, 0.55, torch.float32, CPU)
+    model = random_model(config, kind, 0.55, dtype=torch.float32, device=CPU)
     expected = {KINDS[0]: nn.Linear, KINDS[1]: LowRankLinear}.get(kind, PIFALinear)
     named = [(name, module) for name, module in model.named_modules() if name.startswith("model.layers")]
     linears: dict = {name: module for name, module in named if name.endswith("_proj")}

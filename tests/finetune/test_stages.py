@@ -28,7 +28,7 @@ from component.finetune.settings import read_settings
 from component.finetune.state import MERGED, STATE
 from evaluater import perplexity
 from tests import children, tiny
-from utils import models, plots
+from utils import models, plots, sources
 from utils.errors import RunError, UsageError
 from utils.lock import LOCK
 from utils.whole_files import PARTIAL
@@ -148,7 +148,7 @@ def test_the_rate_rises_to_one_and_falls_to_zero():
 
 
 def test_the_loss_is_the_librarys(model_folder, instructions):
-    model = models.load_model(models.find_source(str(model_folder)), torch.float32)
+    model = models.load_model(sources.find_source(str(model_folder)), torch.float32)
     tokens, labels = data.collate(data.read_rows(str(instructions), tiny.tokenizer(), 200))
     scores = model(input_ids=tokens).logits
     mean = summed_loss(scores, labels) / (labels[:, 1:] != data.IGNORED).sum()

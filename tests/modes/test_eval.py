@@ -1,4 +1,4 @@
-"""evaluater.py, tasks of the lm-evaluation-harness: a reloaded checkpoint answers as the model in memory does."""
+"""component/modes/eval.py: a reloaded checkpoint answers the tasks of the harness as the model in memory does."""
 
 import importlib.util
 import json
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import PIFA
-from evaluater import EVAL_REQUIREMENTS, zero_shot
+from component.modes.eval import REQUIREMENTS
+from evaluater import zero_shot
 from tests import tiny
 
 TASKS = Path(__file__).parents[1] / "tasks"
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason=f"the lm-evaluation-harness is absent: {EVAL_REQUIREMENTS}"
+    importlib.util.find_spec("lm_eval") is None, reason=f"the lm-evaluation-harness is absent: {REQUIREMENTS}"
 )
 
 
@@ -39,7 +40,7 @@ def test_a_reloaded_checkpoint_is_as_accurate_as_the_model_in_memory(arguments, 
         model.model.layers[index] = layer
     judge = {"tasks": "letters", "task_path": task_path, "save_path": tmp_path}
     manager = TaskManager(include_path=str(task_path))
-    in_memory = zero_shot(model, tiny.tokenizer(), ["letters"], manager, PIFA.parse(arguments("eval", **judge)))
+    in_memory = zero_shot(model, tiny.tokenizer(), ["letters"], manager=manager)
     record = good(arguments("eval", **judge))
     assert record["tasks"] == in_memory and set(record["tasks"]["letters"]) >= {"acc", "acc_norm", "acc_stderr"}
     good(arguments("pifa", save_path=tmp_path))
@@ -83,7 +84,7 @@ def test_without_the_harness_it_says_what_installs_it(arguments, bad, monkeypatc
         importlib.util, "find_spec", lambda name, *more: None if name == "lm_eval" else found(name, *more)
     )
     bad(arguments("eval", tasks="piqa"), "pip install -r requirements-eval.txt")
-    assert (Path(PIFA.__file__).parent / EVAL_REQUIREMENTS).is_file()
+    assert (Path(PIFA.__file__).parent / REQUIREMENTS).is_file()
 
 
 def test_tasks_are_needed(arguments, bad):

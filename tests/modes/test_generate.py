@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 import PIFA
-from component.runner.generation import lean_generate, streamed, tokens_of
+from component.runner.generation import Sampling, lean_generate, streamed, tokens_of
 from component.runner.model import LeanModel
 from tests import tiny
 from utils.errors import UsageError
@@ -141,9 +141,11 @@ def test_what_cannot_be_asked(arguments, tmp_path, bad):
 def test_the_lean_runner_streams_what_it_generates(temperature, capsys):
     model, tokens = tiny.build(), tiny.token_windows(1, 7)
     lean = LeanModel.from_transformers(model, max_length=32)
-    draws = [torch.Generator().manual_seed(4) for _ in range(2)]
-    found = streamed(lean, tokens, 9, temperature, draws[0], TextStreamer(tiny.tokenizer(), skip_special_tokens=True))
-    assert torch.equal(found, lean.generate(tokens, 9, temperature=temperature, generator=draws[1]))
+    sampling = Sampling(max_new_tokens=9, temperature=temperature, seed=4, context=32)
+    streamer = TextStreamer(tiny.tokenizer(), skip_special_tokens=True)
+    found = streamed(lean, tokens, streamer, sampling=sampling)
+    draw = torch.Generator().manual_seed(4)
+    assert torch.equal(found, lean.generate(tokens, 9, temperature=temperature, generator=draw))
     assert capsys.readouterr().out == tiny.tokenizer().decode(found[0], skip_special_tokens=True) + "\n"
 
 
@@ -153,11 +155,12 @@ def test_the_lean_runner_stops_at_the_end_of_text():
     model.generation_config.eos_token_id = first
     lean = LeanModel.from_transformers(model, max_length=32)
     quiet = SimpleNamespace(put=lambda tokens: None, end=lambda: None)
-    assert streamed(lean, tokens, 9, 0.0, torch.Generator(), quiet).shape == (1, 8)
+    sampling = Sampling(max_new_tokens=9, temperature=0.0, seed=0, context=32)
+    assert streamed(lean, tokens, quiet, sampling=sampling).shape == (1, 8)
 
 
 def test_a_text_longer_than_the_cache_is_refused():
-    options = SimpleNamespace(model_seq_len=8, max_new_tokens=4, seed=1, temperature=0.0)
-    generate = lean_generate(tiny.build(), options)
+    sampling = Sampling(max_new_tokens=4, temperature=0.0, seed=1, context=8)
+    generate = lean_generate(tiny.build(), sampling)
     with pytest.raises(UsageError, match=r"9 \+ 4 tokens do not fit 12"):
         generate(tiny.token_windows(1, 9), TextStreamer(tiny.tokenizer()))

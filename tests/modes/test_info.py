@@ -6,7 +6,7 @@ import pytest
 
 import PIFA
 from component.checkpoint import reading as files
-from component.checkpoint.info import Linear, by_place
+from component.checkpoint.info import StoredLinear, by_place
 from tests import tiny
 from utils import plots
 
@@ -69,8 +69,8 @@ def test_the_picture_is_drawn_once_and_never_overwritten(compressed, arguments, 
 
 def test_a_layer_that_lacks_a_type_leaves_its_cell_empty():
     linears = [
-        Linear("m.layers.0.a", "lowrank", 2, 10, 5, 20),
-        Linear("m.layers.1.a", "dense", None, 10, 10, 40),
-        Linear("m.layers.1.mlp.b", "pifa", 3, 10, 1, 4),
+        StoredLinear(name="m.layers.0.a", kind="lowrank", rank=2, dense_numbers=10, numbers=5, size=20),
+        StoredLinear(name="m.layers.1.a", kind="dense", rank=None, dense_numbers=10, numbers=10, size=40),
+        StoredLinear(name="m.layers.1.mlp.b", kind="pifa", rank=3, dense_numbers=10, numbers=1, size=4),
     ]
     assert by_place(linears, lambda one: one.rank).splitlines()[2:] == ["| 0 | 2 |  |", "| 1 | None | 3 |"]

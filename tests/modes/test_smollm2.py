@@ -10,7 +10,7 @@ from safetensors import safe_open
 import PIFA
 from component.runner.model import LeanModel
 from tests import tiny
-from utils import models
+from utils import models, sources
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def test_gguf_blocks_are_stored_as_float32(records):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_lean_runner_takes_it_in_half_precision(dtype):
     """Its check against transformers must not ask for more than rounding leaves of logits, in bfloat16 above all."""
-    model = models.load_model(models.find_source("smollm2"), dtype)
+    model = models.load_model(sources.find_source("smollm2"), dtype)
     lean = LeanModel.from_transformers(model, 1, 16)
     tokens = torch.tensor([[504, 3575, 282, 4649, 314]])  # of a sentence
     assert tiny.relative(lean.prefill(tokens).float(), model(tokens).logits[:, -1].float()) < 0.1

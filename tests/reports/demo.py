@@ -16,7 +16,7 @@ import torch
 
 import PIFA
 from component.checkpoint import reading as files
-from utils import models
+from utils import models, sources
 from utils.errors import RunError, UsageError
 from utils.report import markdown_table
 
@@ -82,7 +82,7 @@ def unpacked(name: str, save_path: Path) -> Path:
     """The model as a float32 safetensors folder: every step loads it, and unpacking a GGUF file is slow."""
     folder = save_path / name
     if not folder.exists():
-        source = models.find_source(name)
+        source = sources.find_source(name)
         save_path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_path) as temporary:
             whole = Path(temporary) / name

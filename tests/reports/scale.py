@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from utils import models
-from utils.data import check_name
+from utils import models, sources
+from utils.names import check_dataset
 from utils.plots import REQUIREMENTS, Panel, can_plot, draw_panels
 from utils.report import markdown_table
 
@@ -31,7 +31,7 @@ HEADER = ["processes", "layers", "windows", "m, s", "of it the last layer, s", "
 
 def make_model(folder: Path, shapes: str, layers: int, tokenizer_of: str, device: torch.device) -> None:
     """A float16 checkpoint with random weights and the tokenizer of another model."""
-    tokenizer = models.load_tokenizer(models.find_source(tokenizer_of))
+    tokenizer = models.load_tokenizer(sources.find_source(tokenizer_of))
     config = transformers.LlamaConfig(
         **SHAPES[shapes], num_hidden_layers=layers, vocab_size=max(32000, len(tokenizer)), max_position_embeddings=4096
     )
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write all rows there")
     parser.add_argument("--plot", help="also draw seconds over both sizes there (png; needs matplotlib)")
     options, options.more = parser.parse_known_args()
-    check_name(options.calibration)  # before models are made
+    check_dataset(options.calibration)  # before models are made
     if options.plot and not can_plot():
         parser.error(f"--plot needs matplotlib: pip install -r {REQUIREMENTS}")
     sizes = [(layers, options.windows[0]) for layers in options.layers]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests import tiny
 from tests.modes.test_export import byte_level
 from utils import gguf_writer as gguf_model
-from utils import models
+from utils import models, sources
 from utils.errors import UsageError
 from utils.gguf_file import is_llama, read_header
 from utils.source_weights import open_model
@@ -55,12 +55,12 @@ def every_type(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=FORMS)
-def llama(request, tmp_path) -> models.Source:
+def llama(request, tmp_path) -> sources.Source:
     """A GGUF file of a tiny model and a tokenizer that merges."""
     model, words = tiny.build("llama", **FORMS[request.param]), byte_level()
     path = tmp_path / "tiny.gguf"
     gguf_model.write(path, model, gguf_model.vocabulary_of(words, model.config.vocab_size), torch.float32, "tiny")
-    return models.find_source(str(path))
+    return sources.find_source(str(path))
 
 
 def test_values_of_every_type(every_type):
@@ -127,4 +127,4 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path):
     model.model.norm.weight = None
     gguf_model.write(tmp_path / "tiny.gguf", model, words, torch.float32, "tiny")
     with pytest.raises(UsageError, match=r"does not hold every weight.*model\.norm\.weight"):
-        models.load_model(models.find_source(str(tmp_path / "tiny.gguf")), torch.float32)
+        models.load_model(sources.find_source(str(tmp_path / "tiny.gguf")), torch.float32)

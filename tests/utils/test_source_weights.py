@@ -14,7 +14,7 @@ import PIFA
 from component.checkpoint import reading as files
 from component.flow.streaming import compress_layers
 from tests import tiny
-from utils import models
+from utils import models, sources
 from utils.errors import UsageError
 from utils.gguf_weights import halves_apart
 from utils.layers import HeldLayers, decoder_layers, describe_layers
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def opened(folder: Path, dtype: torch.dtype = torch.float32):
-    return open_model(models.find_source(str(folder)), dtype)
+    return open_model(sources.find_source(str(folder)), dtype)
 
 
 def state_of(model: nn.Module, layers) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def state_of(model: nn.Module, layers) -> dict[str, torch.Tensor]:
 def test_layers_read_one_by_one_are_those_of_the_model_loaded_whole(family, dtype, tmp_path):
     folder = tiny.save_model(tmp_path / "model", tiny.build(family))
     model, layers = opened(folder, dtype)
-    whole = models.load_model(models.find_source(str(folder)), dtype)
+    whole = models.load_model(sources.find_source(str(folder)), dtype)
     assert isinstance(layers, ReadLayers) and not model.training
     found, expected = state_of(model, layers), state_of(whole, HeldLayers(whole))
     assert found.keys() == expected.keys()
@@ -70,7 +70,7 @@ def test_between_uses_layers_have_no_weights_even_after_an_error(model_folder):
 
 def sharded(folder: Path, original: Path) -> Path:
     """The same model in several files with an index."""
-    model = models.load_model(models.find_source(str(original)), torch.float32)
+    model = models.load_model(sources.find_source(str(original)), torch.float32)
     model.save_pretrained(folder, max_shard_size="100KB")
     tiny.tokenizer().save_pretrained(folder)
     assert len(set(json.loads((folder / files.INDEX).read_text())["weight_map"].values())) > 2
@@ -203,7 +203,7 @@ def test_rows_of_heads_are_put_back_in_order():
 
 
 def test_the_layers_of_a_gguf_file_are_those_of_the_model_loaded_whole():
-    source = models.find_source("smollm2")
+    source = sources.find_source("smollm2")
     model, layers = open_model(source, torch.float32)
     assert isinstance(layers, ReadLayers)
     arguments = {**source.arguments, "quantization_config": GgufConfig(dequantize=True)}
