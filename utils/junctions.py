@@ -56,7 +56,7 @@ class LayerProbe:
     name: of the layer; linears go by their full names.
     """
 
-    def __init__(self, name: str, layer: nn.Module, hidden: Tensor, keywords: dict[str, Any]):
+    def __init__(self, name: str, layer: nn.Module, hidden: Tensor, *, keywords: dict[str, Any]):
         linears = [(f"{name}.{place}", m) for place, m in layer.named_modules() if isinstance(m, nn.Linear)]
         self.stand_ins = {full: StandIn(module, seed) for seed, (full, module) in enumerate(linears)}
         memo: dict[int, Any] = {id(module): self.stand_ins[full] for full, module in linears}
@@ -157,7 +157,8 @@ class Skeleton:
         for module in self.layers[name].modules():
             if not isinstance(module, nn.Linear):
                 _fill(module, lambda shape: torch.randn(shape, generator=generator))
-        return LayerProbe(name, self.layers[name], torch.randn(self.shape, generator=generator), self.keywords[name])
+        hidden = torch.randn(self.shape, generator=generator)
+        return LayerProbe(name, self.layers[name], hidden, keywords=self.keywords[name])
 
 
 def _fill(module: nn.Module, values: Callable[[torch.Size], Tensor]) -> None:

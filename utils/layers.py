@@ -218,8 +218,10 @@ def describe_layers(model: PreTrainedModel, source: LayerSource | None = None) -
             first_child = groups[0][0].split(".")[0]
             linears = [linear for group in groups for linear in group]
             attention = frozenset(linear for linear in linears if linear.split(".")[0] == first_child)
-            writers = residual_writers(layer, hidden, lambda module, kw=kwargs: run_layer(module, hidden, kw), linears)
-        described.append(DecoderLayer(name, groups, attention, writers))
+            writers = residual_writers(
+                layer, hidden, output_of=lambda module, kw=kwargs: run_layer(module, hidden, kw), linears=linears
+            )
+        described.append(DecoderLayer(name=name, groups=groups, attention=attention, residuals=writers))
     return described
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def residual_writers(layer: nn.Module, hidden: Tensor, output_of, linears: list[str]) -> dict[str, str]:
+def residual_writers(layer: nn.Module, hidden: Tensor, *, output_of, linears: list[str]) -> dict[str, str]:
     """Linear -> the submodule whose input is the stream that the linear's output is added to; "" is the layer's own.
 
     A linear y = f(x) writes into the stream where some tensor that the layer hands on afterwards (to a submodule, or

@@ -238,7 +238,9 @@ def _quantize_layer(
     original, layer = layers
     groups = groups_of(described, entries)
     probe = parts[0][0][:1].to(next(layer.parameters()).device)
-    streams = residual_writers(original, probe, lambda module: run_layer(module, probe, kwargs), list(entries))
+    streams = residual_writers(
+        original, probe, output_of=lambda module: run_layer(module, probe, kwargs), linears=list(entries)
+    )
     stops = {group[0]: streams.get(group[0]) for group in groups}
     with (
         lockstep(original, stops, parts[0], keywords=kwargs) as float_flow,

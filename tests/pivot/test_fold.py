@@ -123,7 +123,7 @@ class Block(nn.Module):
     ],
 )
 def test_only_what_carries_every_permutation_is_a_junction(between, producers):
-    found = LayerProbe("a", Block(between), rand(1, 5, 8), {}).junctions
+    found = LayerProbe("a", Block(between), rand(1, 5, 8), keywords={}).junctions
     assert found == ([] if producers is None else [Junction(producers, "a.down")])
 
 
@@ -133,11 +133,11 @@ def test_outputs_that_go_elsewhere_too_are_not_folded():
             gate = self.gate(x)
             return x + self.down(gate.relu() * self.up(x)) + gate[..., :8]
 
-    assert LayerProbe("a", Leaking(None), rand(1, 5, 8), {}).junctions == []
+    assert LayerProbe("a", Leaking(None), rand(1, 5, 8), keywords={}).junctions == []
 
 
 def test_a_linear_that_is_called_twice_is_not_folded():
-    assert LayerProbe("a", Block(lambda b, gate, up, x: gate * b.up(x + 1)), rand(1, 5, 8), {}).junctions == []
+    assert LayerProbe("a", Block(lambda b, gate, up, x: gate * b.up(x + 1)), rand(1, 5, 8), keywords={}).junctions == []
 
 
 # ---------------------------------------------------------------- the permutation
