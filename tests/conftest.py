@@ -21,6 +21,8 @@ from tests import tiny
 
 hypothesis.settings.register_profile("facts", derandomize=True, deadline=None, max_examples=40, database=None)
 hypothesis.settings.load_profile("facts")
+if torch.cuda.is_available():
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernels run on the GPU itself
 torch.set_num_threads(1)  # for tiny tensors more are slower
 
 # a calibration that a tiny model gets: short, and still more tokens than a Gram matrix has rows

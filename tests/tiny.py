@@ -1,10 +1,13 @@
 """Models, tokenizers and texts small enough for a test: random weights from a fixed seed, nothing downloaded."""
 
+import importlib.util
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -16,6 +19,10 @@ import PIFA
 from component.compress.settings import Settings
 from component.modes import m
 from utils.whole_files import sha256
+
+GPU = torch.cuda.is_available()
+INTERPRETED = not GPU and os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or triton and TRITON_INTERPRET=1")
 
 BYTES = 256
 EOS = BYTES  # the one token that is no byte

@@ -1,10 +1,6 @@
-"""component/format/kernels.py and triton_kernels.py: every path is the dense layer, forward and backward.
-
-Without a GPU, Triton's kernels run where triton is installed: `TRITON_INTERPRET=1 pytest tests/format/test_kernels.py`.
-"""
+"""component/format/kernels.py: every path is the dense layer, forward and backward."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -15,10 +11,8 @@ from component.format.kernels import pifa_linear, pivoted_product, reorder
 from tests.tiny import rand, relative
 
 GPU = torch.cuda.is_available()
-INTERPRETED = not GPU and kernels.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if GPU else "cpu"
 HALF = [torch.float16, torch.bfloat16]
-needs_triton = pytest.mark.skipif(not (GPU or INTERPRETED), reason="needs a GPU, or triton and TRITON_INTERPRET=1")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 D_IN, D_OUT = 7, 11
@@ -35,30 +29,6 @@ def memory(request, monkeypatch):
     if request.param == "padded":
         of = classmethod(lambda cls, x, rank, others: cls(-rank % kernels.ALIGNED, -others % kernels.ALIGNED))
         monkeypatch.setattr(kernels._Padding, "of", of)
-
-
-@pytest.fixture
-def triton(monkeypatch):
-    """The kernels, taken on the device under test whatever it is."""
-    monkeypatch.setattr(kernels, "_runs_triton", lambda x: True)
-    from component.format import triton_kernels
-
-    return triton_kernels
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that a function asks for comes full of NaN."""
-
-    def poisoning(allocate):
-        def allocated(*args, **kwargs):
-            memory = allocate(*args, **kwargs)
-            return memory.fill_(torch.nan) if memory.is_floating_point() else memory
-
-        return allocated
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
 
 
 def layer(d_in: int, d_out: int, rank: int, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,13 +239,6 @@ def test_half_precision_gradients(memory, dtype):
 # ---------------------------------------------------------------- compilers
 
 
-@pytest.fixture
-def compiled():
-    """compiled(function): one graph or an error. On a CPU without code generation, which would need a C++ compiler."""
-    torch._dynamo.reset()
-    return lambda function: torch.compile(function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-
-
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiled_in_one_graph(memory, compiled, grad):
     pivot, coeff, perm, bias = layer(D_IN, D_OUT, 4)
@@ -336,70 +299,3 @@ def test_captured_in_a_graph(tokens):
         y.fill_(torch.nan)
         graph.replay()
         assert torch.equal(y, pifa_linear(x, pivot, coeff, perm, bias))
-
-
-# ---------------------------------------------------------------- Triton
-
-
-@needs_triton
-@pytest.mark.parametrize("columns", [64, 8192])
-@pytest.mark.parametrize("width", [3, 64, 300])
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
-def test_columns_are_taken(triton, poisoned, monkeypatch, dtype, width, columns):
-    monkeypatch.setattr(triton, "COLUMNS", columns)
-    perm = layer(D_IN, width, 1)[2]
-    for z in (given(7, width).to(dtype), given(7, width + 5).to(dtype)[:, 5:]):
-        for residual in (None, given(7, width, seed=1).to(dtype), given(width, seed=1).to(dtype), given(width, seed=1)):
-            wanted = z[:, perm.long()] if residual is None else z[:, perm.long()] + residual
-            for index in (perm, perm.long()):
-                found = reorder(z, index, residual)
-                assert found.dtype == wanted.dtype
-                torch.testing.assert_close(found, wanted)
-    assert reorder(z[:0], perm).shape == (0, width)
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("d_in", "d_out", "rank"), [(7, 11, 4), (96, 80, 24), (96, 80, 21), (9, 5, 5), (5, 9, 1), (2100, 40, 30)]
-)
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-def test_one_token(triton, poisoned, dtype, d_in, d_out, rank):
-    pivot, coeff, perm, bias = layer(d_in, d_out, rank, dtype)
-    x = given(1, d_in).to(dtype)
-    y_p = x @ pivot.T
-    plain = torch.cat([y_p, y_p @ coeff.T], dim=1)[:, perm.long()]
-    for b in (None, bias):
-        found = pifa_linear(x, pivot, coeff, perm, b)
-        wanted = expected(x, pivot, coeff, perm, b)
-        rounded = relative((plain if b is None else plain + b).double(), wanted)
-        assert found.dtype == dtype
-        # one product in eleven numbers may be luckier than its neighbour: a few units in the last place are allowed
-        assert relative(found.double(), wanted) <= 2 * max(rounded, torch.finfo(dtype).eps)
-        assert torch.equal(pifa_linear(x[0], pivot, coeff, perm, b), found[0])
-        assert torch.equal(pifa_linear(x[None], pivot, coeff, perm, b), found[None])
-
-
-@needs_triton
-def test_one_token_takes_other_strides_and_gradients(triton):
-    pivot, coeff, perm, bias = layer(96, 80, 21, torch.float32)
-    x = given(96, 2).float()[:, 0]
-    wanted = expected(x, pivot, coeff, perm, bias)
-    for p, c in [
-        (pivot, coeff),
-        (pivot.repeat(1, 2)[:, :96], coeff.repeat(1, 2)[:, :21]),
-        (pivot.T.contiguous().T, coeff),
-    ]:
-        torch.testing.assert_close(pifa_linear(x, p, c, perm, bias).double(), wanted, rtol=1e-5, atol=1e-5)
-    x.requires_grad_()
-    pifa_linear(x, pivot, coeff, perm, bias).sum().backward()
-    wanted = (coeff.double() @ pivot.double()).sum(0) + pivot.double().sum(0)
-    torch.testing.assert_close(x.grad.double(), wanted, rtol=1e-4, atol=1e-5)
-
-
-@needs_triton
-def test_one_token_compiled_in_one_graph(triton, compiled):
-    pivot, coeff, perm, bias = layer(96, 80, 21, torch.float32)
-    function = compiled(lambda x: pifa_linear(x, pivot, coeff, perm, bias) * 2)
-    x = given(1, 1, 96).float()
-    torch.testing.assert_close(function(x).double(), 2 * expected(x, pivot, coeff, perm, bias), rtol=1e-5, atol=1e-5)
-    torch.library.opcheck(torch.ops.pifa.one_token.default, (x, pivot, coeff, perm, bias))
