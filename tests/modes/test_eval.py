@@ -29,7 +29,20 @@ def task_path(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """The harness without the index of its own thousands of tasks, which takes 20 seconds at every call."""
+    from lm_eval import tasks
+
+    class OwnTasks(tasks.TaskManager):
+        def __init__(self, include_path: str) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", OwnTasks)
+
+
 @needs_harness
+@pytest.mark.usefixtures("own_tasks_only")
 def test_a_reloaded_checkpoint_is_as_accurate_as_the_model_in_memory(arguments, task_path, tmp_path, good, computed):
     """Through both modes; the model in memory is the original with the driver's own layers put in."""
     from lm_eval.tasks import TaskManager
@@ -49,6 +62,7 @@ def test_a_reloaded_checkpoint_is_as_accurate_as_the_model_in_memory(arguments, 
 
 
 @needs_harness
+@pytest.mark.usefixtures("own_tasks_only")
 def test_accuracy_is_that_of_the_likeliest_choice_by_hand(arguments, task_path, good):
     record = good(arguments("eval", tasks="letters", task_path=task_path, model_path="original", task_limit=6))
     model, tokenizer = tiny.build(), tiny.tokenizer()
