@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from component.finetune.names import SELF
 from utils import data
 from utils.errors import UsageError
 from utils.names import check_dataset
 
 log = logging.getLogger("pifa")
 
-SELF = "self"  # the entry of a mixture that the teacher writes (self_text.py)
 C4_ROWS = 270_000  # the 1000 steps of PIFA's appendix B.3 read some 130 million tokens of it
 IGNORED = -100  # the label of a token that is no target, as in transformers
 
@@ -147,7 +147,7 @@ def instruction_row(example: dict[str, str], tokenizer: Any, length: int) -> Row
     return Row(torch.tensor(tokens, dtype=torch.int64), min(given, len(tokens)))
 
 
-def draw(counts: Sequence[int], weights: Sequence[float], total: int, seed: str) -> list[tuple[int, int]]:
+def draw(counts: Sequence[int], weights: Sequence[float], *, total: int, seed: str) -> list[tuple[int, int]]:
     """`total` times (source, row), in random order: each source has its share exactly, to rounding.
 
     counts: rows of each source, weights: their shares, of any sum. A source's rows are all used before one comes

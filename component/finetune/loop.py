@@ -27,9 +27,12 @@ MOST_SKIPPED = 10  # in a row
 Point = dict[str, Any]  # of the loss curve: step, loss, norm, learning_rate; loss None where the step was skipped
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """steps: of the optimiser; compute_dtype: of the products, float32 or bfloat16; seed: of dropout."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a stage is trained. steps: of the optimiser; warmup_ratio: share of them in which the learning rate rises.
+
+    learning_rate: the highest; compute_dtype: of the products, float32 or bfloat16; seed: of dropout.
+    """
 
     steps: int
     learning_rate: float
@@ -48,13 +51,17 @@ class Training:
 
     model: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    recipe: Recipe
+    schedule: Schedule
     curve: list[Point] = field(default_factory=list)
     teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=self.recipe.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY
+            self.parameters.values(),
+            lr=self.schedule.learning_rate,
+            betas=BETAS,
+            eps=EPSILON,
+            weight_decay=WEIGHT_DECAY,
         )
 
     def run(self, batches: Callable[[int], Sequence[Batch]], save: Callable[[], None], every: int) -> None:
@@ -65,7 +72,7 @@ class Training:
         Raises: RunError after MOST_SKIPPED steps in a row whose loss or gradient is not finite.
         """
         device = next(iter(self.parameters.values())).device
-        done, total = len(self.curve), self.recipe.steps
+        done, total = len(self.curve), self.schedule.steps
         self.model.train()
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with forked, _repeatable(), tqdm(total=total, initial=done, desc="finetune", unit="step") as bar:
@@ -78,7 +85,7 @@ class Training:
         self.model.eval()
 
     def _advance(self, step: int, batches: Sequence[Batch], device: torch.device) -> None:
-        recipe = self.recipe
+        recipe = self.schedule
         torch.manual_seed(random.Random(f"{recipe.seed} {step}").getrandbits(63))
         rate = recipe.learning_rate * pace(step, recipe.steps, recipe.warmup_ratio)
         for group in self.optimiser.param_groups:
@@ -106,7 +113,7 @@ class Training:
 
     def _loss(self, batch: Batch, device: torch.device) -> Tensor:
         tokens, labels = batch.tokens.to(device), batch.labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.compute_dtype is torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.schedule.compute_dtype is torch.bfloat16):
             logits = self.model(input_ids=tokens, use_cache=False).logits
             if self.teacher is None:
                 return summed_loss(logits, labels)

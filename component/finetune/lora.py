@@ -17,7 +17,7 @@ def check_installed(order: str) -> None:
         raise UsageError(f"--order {order} needs peft: pip install -r {REQUIREMENTS}; --order full works without it")
 
 
-def add_adapters(model: Any, names: Sequence[str], rank: int, alpha: float, dropout: float) -> nn.Module:
+def add_adapters(model: Any, names: Sequence[str], *, rank: int, alpha: float, dropout: float) -> nn.Module:
     """The model with W + alpha/rank B A in place of W for every nn.Linear of `names`; only A and B can be trained.
 
     B starts at zero, A at random, in the dtype of W or float32. The model itself is changed; `merge` gives it back.

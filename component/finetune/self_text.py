@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from component.checkpoint import reading as files
-from component.finetune.data import SELF, Row
+from component.finetune.data import Row
+from component.finetune.names import SELF
 from utils.errors import UsageError
 from utils.whole_files import whole
 
@@ -30,7 +31,7 @@ MEMORY_SHARE = 4  # the cache takes at most this part of the free memory
 
 
 def written_rows(
-    path: Path, load: Callable[[], Any], rows: Sequence[Row], count: int, length: int, seed: int
+    path: Path, load: Callable[[], Any], rows: Sequence[Row], *, count: int, length: int, seed: int
 ) -> list[Row]:
     """`count` rows of `length` tokens, from the file at `path`, or written now by the model that `load` gives.
 
@@ -40,7 +41,7 @@ def written_rows(
     if not path.exists():
         started = beginnings(rows, count, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tokens = continued(load(), started, length, seed)
+        tokens = continued(load(), started, length=length, seed=seed)
         with whole(path) as temporary:
             save_file({"tokens": tokens.int()}, temporary)
         log.info("%d rows of %d tokens are in %s", count, length, path)
@@ -65,14 +66,14 @@ def beginnings(rows: Sequence[Row], count: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def continued(model: Any, started: Tensor, length: int, seed: int) -> Tensor:
+def continued(model: Any, started: Tensor, *, length: int, seed: int) -> Tensor:
     """Draw on from the model's own distribution to `length` tokens: (count, length) int64 on the CPU.
 
     started: (count, BEGINNING). An end-of-text token is a token like others: another text follows it.
     """
     device = next(model.parameters()).device
     at_once = min(_fitting(model, length, device), len(started))
-    write = _lean_writer(model, at_once, length, seed) or _writer(model, length, seed)
+    write = _lean_writer(model, at_once, length=length, seed=seed) or _writer(model, length, seed)
     parts = tqdm(started.split(at_once), desc="write", unit="batch")
     return torch.cat([write(part.to(device)).cpu() for part in parts])
 
@@ -87,7 +88,7 @@ def _fitting(model: Any, length: int, device: torch.device) -> int:
     return max(1, min(MOST_ON_GPU, torch.cuda.mem_get_info(device)[0] // MEMORY_SHARE // row))
 
 
-def _lean_writer(model: Any, at_once: int, length: int, seed: int) -> Callable[[Tensor], Tensor] | None:
+def _lean_writer(model: Any, at_once: int, *, length: int, seed: int) -> Callable[[Tensor], Tensor] | None:
     """By the lean runner; None where it does not know the model."""
     from component.runner.model import LeanModel
 

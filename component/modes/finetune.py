@@ -1,10 +1,15 @@
 """--mode finetune: trains the factors of a checkpoint on text, and writes a checkpoint of the same format."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from component.finetune.names import COMPUTE_DTYPES, ORDERS, SELF
+from component.finetune.settings import Settings
 from component.modes import shared
 from component.modes.parser import Flag, Options, at_least
+from component.modes.request import request_of
+from utils.errors import UsageError, check_choice
 
 SUMMARY = "Train the factors of a checkpoint on text or on a teacher."
 DATA, ADAPTERS, TRAINING = "data", "adapters (--order sequential and joint)", "training"
@@ -21,7 +26,7 @@ FLAGS = (
     Flag("cutoff_len", "Tokens of a row.", DATA, kind=int, shown="256; full: 1024"),
     Flag(
         "order", "What is trained: adapters on U and then on V (sequential), on both (joint), or all factors (full).",
-        TRAINING, shown="sequential", choices=("sequential", "joint", "full"),
+        TRAINING, shown="sequential", choices=ORDERS,
     ),
     Flag(
         "teacher", "Model whose distributions are learned in place of the text's next words: a model, or `original`.",
@@ -55,6 +60,26 @@ FLAGS = (
     shared.DEV,
     shared.DTYPE,
 )  # fmt: skip
+# of SVD-LLM's recipe for LoRA, and of PIFA, appendix B.3, for all factors
+LORA: dict[str, Any] = {
+    "data_path": None,
+    "num_epochs": 2,
+    "max_steps": None,
+    "learning_rate": 1e-4,
+    "batch_size": 64,
+    "micro_batch_size": 4,
+    "cutoff_len": 256,
+}
+FULL: dict[str, Any] = {
+    "data_path": ["wikitext2:0.02", "c4:0.98"],
+    "num_epochs": None,
+    "max_steps": 1000,
+    "learning_rate": 3e-6,
+    "batch_size": 128,
+    "micro_batch_size": 1,
+    "cutoff_len": 1024,
+}
+BOTH: dict[str, Any] = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "warmup_ratio": 0.05}
 
 
 def check(options: Options) -> None:
@@ -63,7 +88,64 @@ def check(options: Options) -> None:
         shared.check_subject(options)
 
 
-def run(options: Options) -> dict[str, Any]:
-    from component.finetune.stages import run as engine
+def settings_of(options: Options) -> Settings:
+    """The flags, with the defaults of the order that was asked for. Raises: UsageError for a value that can't be."""
+    order = "sequential" if options.order is None else options.order
+    check_choice("--order", order, ORDERS)
+    flags = vars(options)
+    values = {
+        name: default if flags[name] is None else flags[name]
+        for name, default in {**BOTH, **(FULL if order == "full" else LORA)}.items()
+    }
+    if values["data_path"] is None:
+        raise UsageError(f"--order {order} needs --data_path: instructions (.json, .jsonl), texts or named datasets")
+    values["data_path"] = list(values["data_path"])
+    if options.num_epochs is not None or options.max_steps is not None:  # one of them says it all
+        values |= {"num_epochs": options.num_epochs, "max_steps": options.max_steps}
+    if options.micro_batch_size is None:
+        values["micro_batch_size"] = min(values["micro_batch_size"], values["batch_size"])
+    if options.compute_dtype is None:
+        values["compute_dtype"] = "bfloat16" if options.DEV.startswith("cuda") else "float32"
+    else:
+        values["compute_dtype"] = options.compute_dtype
+    writes = any(entry == SELF or entry.startswith(f"{SELF}:") for entry in values["data_path"])
+    if writes and (options.teacher is None or values["max_steps"] is None):
+        raise UsageError(f"--data_path {SELF} is what a --teacher writes, for as long as --max_steps says: give both")
+    settings = Settings(
+        request=request_of(options, prefix=options.prefix),
+        order=order,
+        seed=options.seed,
+        teacher=options.teacher,
+        gradient_checkpointing=options.gradient_checkpointing,
+        save_steps=options.save_steps,
+        **values,
+    )
+    _check(settings)
+    return settings
 
-    return engine(options)
+
+def _check(settings: Settings) -> None:
+    least = {"lora_r": 1, "max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "cutoff_len": 2}
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise UsageError(f"--{name} {value} is below {bound}")
+    for name in ("num_epochs", "learning_rate", "lora_alpha"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value:g} is no number above 0")
+    for name in ("warmup_ratio", "lora_dropout"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UsageError(f"--{name} {getattr(settings, name):g} is outside [0,1)")
+    if settings.micro_batch_size > settings.batch_size:
+        raise UsageError(f"--micro_batch_size {settings.micro_batch_size} is above --batch_size {settings.batch_size}")
+    check_choice("--compute_dtype", settings.compute_dtype, COMPUTE_DTYPES)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Fine-tune the checkpoint at --model_path; returns the result record."""
+    settings = settings_of(options)
+
+    from component.finetune.folder import finetune_folder
+
+    return finetune_folder(settings)

@@ -70,11 +70,15 @@ def test_a_mixture_is_parsed(text_file, tmp_path):
 
 
 def test_draws_keep_the_shares_and_use_every_row_before_one_comes_again():
-    drawn = data.draw([3, 50], [0.02, 0.98], 500, "seed")
+    drawn = data.draw([3, 50], [0.02, 0.98], total=500, seed="seed")
     assert Counter(source for source, _ in drawn) == {0: 10, 1: 490}
     for source, count in enumerate([3, 50]):
         rows = [row for s, row in drawn if s == source]
         for start in range(0, len(rows) - count + 1, count):
             assert sorted(rows[start : start + count]) == list(range(count))
-    assert drawn == data.draw([3, 50], [0.02, 0.98], 500, "seed") != data.draw([3, 50], [0.02, 0.98], 500, "other")
+    assert (
+        drawn
+        == data.draw([3, 50], [0.02, 0.98], total=500, seed="seed")
+        != data.draw([3, 50], [0.02, 0.98], total=500, seed="other")
+    )
     assert sum(data.quotas([1, 1, 1], 100)) == 100

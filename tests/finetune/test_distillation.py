@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import PIFA
 from component.checkpoint import reading as files
+from component.finetune import folder as finetune
 from component.finetune import self_text
-from component.finetune import stages as finetune
 from component.finetune.data import IGNORED, Row
 from component.finetune.loop import summed_divergence
 from tests import tiny
@@ -71,7 +71,7 @@ def test_the_teacher_writes_on_from_its_own_distribution(lean, monkeypatch):
     logits[7], logits[tiny.EOS] = 1.0, 0.0
 
     if not lean:
-        monkeypatch.setattr(self_text, "_lean_writer", lambda *_: None)
+        monkeypatch.setattr(self_text, "_lean_writer", lambda *_, **__: None)
         forward = model.forward
 
         def always(*args, **kwargs):
@@ -88,7 +88,7 @@ def test_the_teacher_writes_on_from_its_own_distribution(lean, monkeypatch):
         )
         monkeypatch.setattr(runner, "PROBE_TOLERANCE", {torch.float32: 1e9})
     started = tiny.token_windows(60, self_text.BEGINNING)
-    found = self_text.continued(model, started, 40, seed=2)
+    found = self_text.continued(model, started, length=40, seed=2)
     assert found.shape == (60, 40) and torch.equal(found[:, : self_text.BEGINNING], started)
     written = found[:, self_text.BEGINNING :]
     assert set(written.unique().tolist()) == {7, tiny.EOS}

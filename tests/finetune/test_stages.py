@@ -1,4 +1,4 @@
-"""component/finetune*.py: only the factors change, as asked, and a run that is killed comes to the same bytes."""
+"""component/finetune: only the factors change, as asked, and a run that is killed comes to the same bytes."""
 
 import importlib.util
 import json
@@ -20,12 +20,12 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import PIFA
 from component.checkpoint import reading as files
-from component.finetune import data
+from component.finetune import data, stages
 from component.finetune import lora as finetune_lora
-from component.finetune import stages as finetune
-from component.finetune.loop import MOST_SKIPPED, Recipe, Training, pace, summed_loss
-from component.finetune.settings import read_settings
+from component.finetune.curves import CURVES, PARTS, PLOT
+from component.finetune.loop import MOST_SKIPPED, Schedule, Training, pace, summed_loss
 from component.finetune.state import MERGED, STATE
+from component.modes import finetune
 from evaluater import perplexity
 from tests import children, tiny
 from utils import models, plots, sources
@@ -67,9 +67,14 @@ def options(pivoted, text_file, tmp_path):
             "save_steps": 100,
             "gradient_checkpointing": False,
         }
-        return Namespace(**{**common, **QUICK, **changes})
+        return finetune_flags(**{**common, **QUICK, **changes})
 
     return make
+
+
+def finetune_flags(**changes) -> Namespace:
+    """All flags of --mode finetune on the CPU, some of them changed."""
+    return Namespace(**{**vars(PIFA.parse(["--mode", "finetune", "--DEV", "cpu"])), **changes})
 
 
 def factors_in(folder: Path) -> set[str]:
@@ -79,13 +84,13 @@ def factors_in(folder: Path) -> set[str]:
     return {f"{name}.{part}.weight" for name, entry in layers.items() for part in kinds[entry["kind"]]}
 
 
-def trainable(folder: Path, order: str, number: int = 0, **changes) -> tuple[finetune.Stage, Training]:
+def trainable(folder: Path, order: str, number: int = 0, **changes) -> tuple[stages.Stage, Training]:
     """The stage `number` of an order, at its first step."""
-    settings = read_settings(Namespace(**{"DEV": "cpu", "seed": 3, "order": order, "data_path": ["x"], **changes}))
+    settings = finetune.settings_of(finetune_flags(seed=3, order=order, data_path=["x"], **changes))
     source = files.read_checkpoint(folder)
-    stages = finetune.stages_of(order, source.layers)
-    model = finetune.load_trainable(source, torch.device("cpu"), stages)
-    return stages[number], finetune.begin(model, stages[number], settings, 4)
+    both = stages.stages_of(order, source.layers)
+    model = stages.load_trainable(source, torch.device("cpu"), both)
+    return both[number], stages.begin(model, both[number], settings, steps=4)
 
 
 @torch.no_grad()
@@ -110,7 +115,13 @@ class Toy(nn.Module):
 
 def toy(steps: int) -> Training:
     model = Toy()
-    return Training(model, {"table": model.table}, Recipe(steps, 0.1, 0.0, torch.float32, "toy"))
+    return Training(model, {"table": model.table}, schedule(steps, learning_rate=0.1, warmup_ratio=0.0))
+
+
+def schedule(steps: int, learning_rate: float, warmup_ratio: float) -> Schedule:
+    return Schedule(
+        steps=steps, learning_rate=learning_rate, warmup_ratio=warmup_ratio, compute_dtype=torch.float32, seed="toy"
+    )
 
 
 GOOD, BAD = (data.Batch(torch.tensor([row]), torch.tensor([row])) for row in ([1, 2, 1, 2], [1, 2, 7, 2]))
@@ -238,8 +249,8 @@ def test_only_factors_change_and_the_result_loads_as_the_source_does(kind, order
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == factors_in(source)
     assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
-    expected = tiny.contents(source, (files.RECORD, files.MANIFEST)).keys() | {finetune.CURVES}
-    names = {path.name for path in folder.iterdir()} - {files.RECORD, files.MANIFEST, finetune.PLOT}
+    expected = tiny.contents(source, (files.RECORD, files.MANIFEST)).keys() | {CURVES}
+    names = {path.name for path in folder.iterdir()} - {files.RECORD, files.MANIFEST, PLOT}
     assert names == expected
 
     stored = json.loads((source / files.RECORD).read_text())
@@ -277,13 +288,13 @@ def test_the_curve_is_kept_for_every_step_and_drawn_in_parts(options, monkeypatc
     monkeypatch.setattr(plots, "can_plot", lambda: True)
     monkeypatch.setattr(plots, "draw_panels", lambda path, panels: drawn.append((path.name, panels)))
     record = finetune.run(options(max_steps=45))
-    curves = json.loads((Path(record["path"]) / finetune.CURVES).read_text())
+    curves = json.loads((Path(record["path"]) / CURVES).read_text())
     assert [point["step"] for point in curves["factors"]] == list(range(1, 46))
     parts = record["losses"]["factors"]
-    assert len(parts) <= finetune.PARTS and parts[-1][0] == 45
+    assert len(parts) <= PARTS and parts[-1][0] == 45
     assert parts[0][1] == pytest.approx(sum(point["loss"] for point in curves["factors"][:3]) / 3)
     ((name, (panel,)),) = drawn
-    assert name == finetune.PLOT and list(map(list, *panel.lines.values())) == parts
+    assert name == PLOT and list(map(list, *panel.lines.values())) == parts
 
 
 def test_epochs_count_the_rows(options, instructions):
@@ -339,21 +350,21 @@ def test_what_cannot_be_is_refused_before_any_work(options, tmp_path):
 def test_a_checkpoint_without_factors_has_nothing_to_train():
     dense = {"q": {"kind": "dense", "rank": 4, "in_features": 4, "out_features": 4}}
     with pytest.raises(UsageError, match="dense"):
-        finetune.stages_of("full", dense)
+        stages.stages_of("full", dense)
 
 
 def test_coefficients_of_no_rows_are_left_out():
     square = {"q": {"kind": "pifa", "rank": 4, "in_features": 8, "out_features": 4}}
-    assert finetune.stages_of("joint", square) == [("factors", ["q.pivot"])]
-    assert finetune.stages_of("sequential", square) == [("pivots", ["q.pivot"])]
+    assert stages.stages_of("joint", square) == [("factors", ["q.pivot"])]
+    assert stages.stages_of("sequential", square) == [("pivots", ["q.pivot"])]
 
 
 def test_the_papers_recipes_are_the_defaults():
-    full = read_settings(Namespace(order="full", DEV="cpu", seed=3))
+    full = finetune.settings_of(finetune_flags(order="full", seed=3))
     assert (full.learning_rate, full.max_steps, full.cutoff_len) == (3e-6, 1000, 1024)
     assert (full.batch_size, full.micro_batch_size, full.warmup_ratio) == (128, 1, 0.05)
     assert full.data_path == ["wikitext2:0.02", "c4:0.98"]
-    lora = read_settings(Namespace(DEV="cpu", seed=3, data_path=["pydoc"]))
+    lora = finetune.settings_of(finetune_flags(seed=3, data_path=["pydoc"]))
     assert (lora.order, lora.lora_r, lora.lora_alpha, lora.num_epochs) == ("sequential", 8, 16, 2)
     assert (lora.learning_rate, lora.batch_size, lora.max_steps) == (1e-4, 64, None)
 
