@@ -1,13 +1,18 @@
-"""One writer per folder: an advisory lock that goes with its process, however that ends."""
+"""One writer per folder: an advisory lock that goes with its process, however that ends. A thin layer over filelock.
+
+The layer names the holder, removes the file, and goes on with a warning where a file system has no locks.
+"""
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from utils.errors import UsageError
 
@@ -21,38 +26,55 @@ UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)  # some 
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock while the block runs. The file that a killed process left behind binds nobody.
 
-    Raises: UsageError naming the process that holds it.
+    Raises: UsageError naming the process that holds it, or where the lock is a link to another file.
     """
     path = folder / LOCK
-    descriptor = _taken(path)
+    # no soft lock where there are no locks: a file that a killed process leaves would bind everybody
+    lock = FileLock(path, mode=0o644, blocking=False, fallback_to_soft=False, on_acquired=partial(_sign, path))
+    _take(lock, path)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held, so that nobody locks a name about to go
-        os.close(descriptor)
+        lock.release()
 
 
-def _taken(path: Path) -> int:
-    """A descriptor that holds the lock on the file which `path` names."""
+def _take(lock: FileLock, path: Path) -> None:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            if error.errno not in UNSUPPORTED:
-                os.close(descriptor)
+            lock.acquire()
+            return
+        except Timeout as error:
+            holder = _holder(path)
+            if holder is not None:
                 raise UsageError(f"{path.parent} is being written by {holder}: let it end first") from error
+            # the holder before has just removed it
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _no_link(path) from error
+            if error.errno not in UNSUPPORTED:
+                raise
             log.warning("%s can't be locked here: see to it that no other process writes it", path.parent)
-            return descriptor
-        if _names(path, descriptor):
-            return descriptor
-        os.close(descriptor)  # the holder before has just removed it
+            return
 
 
-def _names(path: Path, descriptor: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    return False
+def _sign(path: Path, descriptor: int) -> None:
+    """Say in the file who holds it. Raises: UsageError where it has another name, too: it is somebody else's."""
+    if os.fstat(descriptor).st_nlink > 1:
+        raise _no_link(path)
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _no_link(path: Path) -> UsageError:
+    return UsageError(f"{path} is a link to another file: remove it")
+
+
+def _holder(path: Path) -> str | None:
+    """Whom the file names; None where it is gone."""
+    try:
+        return path.read_bytes()[:200].decode(errors="replace") or "another process"
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return "another process"
