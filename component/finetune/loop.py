@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
+from transformers import get_linear_schedule_with_warmup
 
 from component.finetune.data import IGNORED, Batch
 from utils.errors import RunError
@@ -56,13 +58,9 @@ class Training:
     teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=self.schedule.learning_rate,
-            betas=BETAS,
-            eps=EPSILON,
-            weight_decay=WEIGHT_DECAY,
-        )
+        rate = self.schedule.learning_rate
+        group = {"params": list(self.parameters.values()), "initial_lr": rate}  # what a schedule that goes on asks for
+        self.optimiser = torch.optim.AdamW([group], lr=rate, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
 
     def run(self, batches: Callable[[int], Sequence[Batch]], save: Callable[[], None], every: int) -> None:
         """Do the steps that are left, with a `save` after every so many, or none where `every` is 0.
@@ -73,11 +71,13 @@ class Training:
         """
         device = next(iter(self.parameters.values())).device
         done, total = len(self.curve), self.schedule.steps
+        rates = rates_of(self.optimiser, self.schedule, done)
         self.model.train()
         forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with forked, _repeatable(), tqdm(total=total, initial=done, desc="finetune", unit="step") as bar:
             for step in range(done, total):
                 self._advance(step, batches(step), device)
+                rates.step()
                 bar.update()
                 bar.set_postfix(loss=self.curve[-1]["loss"])
                 if every and (step + 1) % every == 0:
@@ -85,11 +85,8 @@ class Training:
         self.model.eval()
 
     def _advance(self, step: int, batches: Sequence[Batch], device: torch.device) -> None:
-        recipe = self.schedule
-        torch.manual_seed(random.Random(f"{recipe.seed} {step}").getrandbits(63))
-        rate = recipe.learning_rate * pace(step, recipe.steps, recipe.warmup_ratio)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        torch.manual_seed(random.Random(f"{self.schedule.seed} {step}").getrandbits(63))
+        rate = self.optimiser.param_groups[0]["lr"]
         targets = sum(count_targets(batch) for batch in batches)
         total = torch.zeros((), device=device)
         for batch in batches:
@@ -143,10 +140,13 @@ class Training:
                 }
 
 
-def pace(done: int, steps: int, warmup_ratio: float) -> float:
-    """The learning rate's factor in the step after `done` of `steps`: a linear rise to 1, then linearly towards 0."""
-    rise = round(warmup_ratio * steps)
-    return (done + 1) / (rise + 1) if done < rise else (steps - done) / (steps - rise)
+def rates_of(optimiser: torch.optim.Optimizer, schedule: Schedule, done: int) -> LRScheduler:
+    """Gives the optimiser the learning rate of the step after `done`: a linear rise to the highest, then towards 0.
+
+    The library's schedule begins and ends at 0. Those two are left out: of its steps + 2 rates the inner ones are used.
+    """
+    rise = round(schedule.warmup_ratio * schedule.steps)
+    return get_linear_schedule_with_warmup(optimiser, rise + 1, schedule.steps + 1, last_epoch=done)
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -183,6 +183,7 @@ def _repeatable() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step")  # a step that is skipped counts as one
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])

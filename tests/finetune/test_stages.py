@@ -23,7 +23,7 @@ from component.checkpoint import reading as files
 from component.finetune import data, stages
 from component.finetune import lora as finetune_lora
 from component.finetune.curves import CURVES, PARTS, PLOT
-from component.finetune.loop import MOST_SKIPPED, Schedule, Training, pace, summed_loss
+from component.finetune.loop import MOST_SKIPPED, Schedule, Training, rates_of, summed_loss
 from component.finetune.state import MERGED, STATE
 from component.modes import finetune
 from evaluater import perplexity
@@ -151,11 +151,19 @@ def test_many_bad_steps_in_a_row_end_the_run():
 
 
 def test_the_rate_rises_to_one_and_falls_to_zero():
-    rates = [pace(done, 100, 0.05) for done in range(100)]
+    def rates_in(steps: int) -> list[float]:
+        """Each as a run that goes on there has it."""
+        plan = schedule(steps, learning_rate=1.0, warmup_ratio=0.05)
+        optimiser = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": 1.0}], lr=1.0)
+        return [rates_of(optimiser, plan, done).get_last_lr()[0] for done in range(steps)]
+
+    rates = rates_in(100)
+    assert rates[:6] == pytest.approx([number / 6 for number in range(1, 7)], rel=1e-12)
+    assert rates[5:] == pytest.approx([number / 95 for number in range(95, 0, -1)], rel=1e-12)
     assert rates.index(max(rates)) == 5 and max(rates) == 1
     assert all(b > a for a, b in pairwise(rates[:6])) and all(b < a for a, b in pairwise(rates[5:]))
     assert 0 < rates[0] < 0.2 and 0 < rates[-1] < 0.02
-    assert pace(0, 1, 0.05) == 1
+    assert rates_in(1) == [1]
 
 
 def test_the_loss_is_the_librarys(model_folder, instructions):
