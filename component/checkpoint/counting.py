@@ -73,7 +73,7 @@ def count_numbers(folder: Path, layers: dict[str, dict[str, Any]]) -> Counts:
             linears += numbers
             size += stored
     dense = sum(entry["in_features"] * entry["out_features"] for entry in layers.values())
-    return Counts(linears, dense, model, size)
+    return Counts(linears=linears, dense_linears=dense, model=model, linear_bytes=size)
 
 
 def stored_as(entry: dict[str, Any], storage: StorageFormat) -> int:

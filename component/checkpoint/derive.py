@@ -11,14 +11,13 @@ from typing import Any
 
 from component.checkpoint.carried import loader_files
 from component.checkpoint.counting import densities
+from component.checkpoint.entries import Entries
 from component.checkpoint.reading import INDEX, MANIFEST, RECORD, Checkpoint, finished_record
 from component.checkpoint.request import Request
 from component.checkpoint.writer import CheckpointWriter, check_target
 from component.ranks.cost import LOW_RANK, PIVOTED
 from utils import report
 from utils.whole_files import hash_of
-
-Entries = dict[str, dict[str, Any]]  # the `layers` of the quantization config
 
 
 @dataclass(frozen=True, kw_only=True)

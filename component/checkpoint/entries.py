@@ -10,6 +10,8 @@ from component.ranks.budget import Module
 from component.ranks.sizes import Plan, Rank
 from utils.layers import DecoderLayer
 
+Entries = dict[str, dict[str, Any]]  # the `layers` of the quantization config, by the linear's name
+
 
 def load_layer(
     layer: nn.Module, described: DecoderLayer, entries: dict[str, dict[str, Any]], tensors: dict[str, Tensor]

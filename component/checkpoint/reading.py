@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not is_finished(folder):
         raise UsageError(f"{folder} is unfinished: run its command again with --resume")
     config, record, manifest = (read_json(folder / name) for name in ("config.json", RECORD, MANIFEST))
-    return Checkpoint(folder, config, record, manifest)
+    return Checkpoint(folder=folder, config=config, record=record, manifest=manifest)
 
 
 def is_finished(folder: Path) -> bool:

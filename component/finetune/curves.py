@@ -34,7 +34,10 @@ def write_curves(folder: Path, curves: dict[str, list[Point]]) -> None:
         return
     panels = [
         plots.Panel(
-            stage, "step", "loss", {"mean since the last point": [(x, y) for x, y in averaged(curve) if y is not None]}
+            title=stage,
+            x_label="step",
+            y_label="loss",
+            lines={"mean since the last point": [(x, y) for x, y in averaged(curve) if y is not None]},
         )
         for stage, curve in curves.items()
     ]

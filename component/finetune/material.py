@@ -59,7 +59,8 @@ def with_own_text(material: Material, teacher: models.Source, settings: Settings
     name = f"{request.prefix}{teacher.name}-self-{hash_of([*decisive, str(dtype)])[:8]}.safetensors"
 
     def load() -> Any:
-        return models.load_model(teacher, dtype).to(request.device)
+        model: Any = models.load_model(teacher, dtype)
+        return model.to(request.device)
 
     path = request.save_path / name
     own = written_rows(path, load, texts, count=count, length=settings.cutoff_len, seed=settings.seed)

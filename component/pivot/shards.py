@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from component.checkpoint.derive import Entries
+from component.checkpoint.entries import Entries
 from component.format.integration import FACTORS
 from component.format.linear import LowRankLinear, PIFALinear
 from component.pivot.fold import AnyLinear, fold, verify
@@ -67,7 +67,7 @@ def foldable(probe: LayerProbe | None, entries: Entries) -> list[Junction]:
 
 def _low_rank(tensors: dict[str, Tensor], name: str, device: torch.device) -> LowRankLinear:
     u, v = (tensors[f"{name}.{factor}.weight"].to(device) for factor in "uv")  # as stored: float64 is more to move
-    return LowRankLinear.from_factors(u, v, tensors.get(f"{name}.bias"), torch.float64)
+    return LowRankLinear.from_factors(u, v, bias=tensors.get(f"{name}.bias"), dtype=torch.float64)
 
 
 def _dense(tensors: dict[str, Tensor], name: str, device: torch.device) -> nn.Linear:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from component.checkpoint.choose import choose, model_in
 from component.checkpoint.counting import count_numbers
-from component.checkpoint.derive import Derivation, Entries
-from component.checkpoint.entries import is_narrow
+from component.checkpoint.derive import Derivation
+from component.checkpoint.entries import Entries, is_narrow
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter
 from component.quantize import packing

@@ -111,7 +111,7 @@ def forms_of(walk: Walk, entries: Mapping[str, dict[str, Any]], rounding: Roundi
         groups = groups_of(described, _inside(prefix, entries))
         grams: dict[str, Tensor] = {}
 
-        def see(name: str, x: Tensor, _y: Tensor, grams: dict[str, Tensor] = grams) -> None:
+        def see(name: str, x: Tensor, _y: Tensor, *, grams: dict[str, Tensor] = grams) -> None:
             grams[name] = add_gram(grams.get(name), x)
 
         with held.filled(described.name, device) as layer, full_precision():

@@ -1,4 +1,4 @@
-"""checkpoint/derive.py and choose.py: what goes over into a checkpoint made from a checkpoint, and which one that is."""
+"""checkpoint/derive.py and choose.py: what goes over into a new checkpoint, and which one it is made from."""
 
 import shutil
 from pathlib import Path
@@ -66,9 +66,9 @@ def test_the_newest_is_chosen_or_what_it_was_made_from(compressed, pivoted, tmp_
 
 
 def test_what_will_not_do_is_refused_in_the_modes_own_words(compressed, model_folder, tmp_path):
-    with pytest.raises(UsageError, match="^factors, please$"):
+    with pytest.raises(UsageError, match=r"^factors, please$"):
         choose("original", tmp_path, no_original="factors, please")
-    with pytest.raises(UsageError, match="^not this one$"):
+    with pytest.raises(UsageError, match=r"^not this one$"):
         choose(str(compressed), tmp_path, refusal=lambda source: "not this one")
     with pytest.raises(UsageError, match="no finished pifa checkpoint"):
         choose(None, compressed.parent, kind="pifa")
