@@ -1,11 +1,12 @@
-"""Which checkpoint, or model, a mode works on."""
+"""Which checkpoint a mode works on."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from component.checkpoint.reading import Checkpoint, newest_checkpoint, read_checkpoint
-from utils import models, sources
+from utils import models
 from utils.errors import UsageError
+from utils.sources import Source, find_source
 
 ORIGINAL = "original"  # the --model_path that names the model itself
 
@@ -39,13 +40,13 @@ def choose(
     return source
 
 
-def find_model(model: str, model_path: str | None, save_path: Path) -> sources.Source:
+def find_model(model: str, model_path: str | None, save_path: Path) -> Source:
     """What `model_path` names: `original` is `model`, None the newest finished checkpoint under `save_path`.
 
     Raises: UsageError where there is none, or a shard is damaged.
     """
     if model_path == ORIGINAL:
-        source = sources.find_source(model)
+        source = find_source(model)
         models.load_config(source)  # a compressed folder is refused here, before any work
         return source
     checkpoint = choose(model_path, save_path)
@@ -53,6 +54,6 @@ def find_model(model: str, model_path: str | None, save_path: Path) -> sources.S
     return model_in(checkpoint)
 
 
-def model_in(checkpoint: Checkpoint) -> sources.Source:
+def model_in(checkpoint: Checkpoint) -> Source:
     """A checkpoint as the source of a model and a tokenizer."""
-    return sources.Source(checkpoint.folder.name, str(checkpoint.folder))
+    return Source(checkpoint.folder.name, str(checkpoint.folder))

@@ -65,11 +65,11 @@ class Checkpoint:
             if not (self.folder / shard).is_file():
                 raise UsageError(f"{self.folder / shard} is missing: make the checkpoint again")
         hands = ThreadPoolExecutor()
-        found = {shard: hands.submit(sha256, self.folder / shard) for shard in expected}
+        hashes = {shard: hands.submit(sha256, self.folder / shard) for shard in expected}
 
         def check(*shards: str) -> None:
             for shard in shards:
-                if found[shard].result() != expected[shard]:
+                if hashes[shard].result() != expected[shard]:
                     path = self.folder / shard
                     raise UsageError(
                         f"{path} is damaged, its hash differs from the manifest: make the checkpoint again"
@@ -125,12 +125,12 @@ def newest_checkpoint(save_path: Path, kind: str | None) -> Checkpoint:
     """
     # a profile has a manifest too, but no config
     folders = [path.parent for path in save_path.glob(f"*/{MANIFEST}") if (path.parent / "config.json").is_file()]
-    found = [read_checkpoint(folder) for folder in folders if is_finished(folder)]
-    found = [checkpoint for checkpoint in found if kind in (None, checkpoint.kind)]
-    if not found:
+    finished = [read_checkpoint(folder) for folder in folders if is_finished(folder)]
+    finished = [checkpoint for checkpoint in finished if kind in (None, checkpoint.kind)]
+    if not finished:
         which = f"{kind} checkpoint" if kind else "checkpoint"
         raise UsageError(f"no finished {which} under {save_path}: give --model_path, or run --mode m first")
-    return max(found, key=lambda checkpoint: checkpoint.record["finished_at"])
+    return max(finished, key=lambda checkpoint: checkpoint.record["finished_at"])
 
 
 def open_shard(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

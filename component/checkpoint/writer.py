@@ -88,9 +88,9 @@ class CheckpointWriter:
             temporary.chmod(0o644)  # safetensors makes files that only their owner may read
         self._note(shard, sha256(self.folder / shard))
 
-    def _note(self, shard: str, found: str) -> None:
+    def _note(self, shard: str, hashed: str) -> None:
         with self._noting:
-            self.manifest["shards"][shard] = found
+            self.manifest["shards"][shard] = hashed
             write_json(self.folder / MANIFEST, self.manifest)
 
     def write_behind(self, shard: str, tensors: dict[str, Tensor]) -> None:
@@ -102,17 +102,17 @@ class CheckpointWriter:
         self._finish_writing()
         self._written = self._hands.submit(self.write, shard, stored)
 
-    def copy_behind(self, path: Path, found: str, check: Callable[[], None]) -> None:
+    def copy_behind(self, path: Path, hashed: str, check: Callable[[], None]) -> None:
         """Copy a shard that another folder has, while the caller goes on; `describe` waits for it.
 
-        found: its sha256; check: raises where that is not to be trusted, and is waited for behind, too.
+        hashed: its sha256; check: raises where that is not to be trusted, and is waited for behind, too.
         """
 
         def copy() -> None:
             check()
             self._copy(path)
             (self.folder / path.name).chmod(0o644)  # as `write` leaves its shards
-            self._note(path.name, found)
+            self._note(path.name, hashed)
 
         self._copied.append(self._hands.submit(copy))
 

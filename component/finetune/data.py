@@ -90,10 +90,10 @@ def read_rows(name: str, tokenizer: Any, length: int) -> list[Row]:
         if len(tokens) < length:
             raise UsageError(f"{name} has {len(tokens)} tokens, too few for a window of {length}: lower --cutoff_len")
         return [Row(window, 0) for window in data.consecutive_windows(tokens, length)]
-    found = [instruction_row(example, tokenizer, length) for example in examples]
-    rows = [row for row in found if max(row.given, 1) < len(row.tokens)]  # nothing predicts the first token
-    if len(rows) < len(found):
-        log.warning("%s: %d prompts of %d leave no room for an answer", name, len(found) - len(rows), len(found))
+    cut = [instruction_row(example, tokenizer, length) for example in examples]
+    rows = [row for row in cut if max(row.given, 1) < len(row.tokens)]  # nothing predicts the first token
+    if len(rows) < len(cut):
+        log.warning("%s: %d prompts of %d leave no room for an answer", name, len(cut) - len(rows), len(cut))
     if not rows:
         raise UsageError(f"{name} has no answer to learn from: raise --cutoff_len {length}, or give other data")
     return rows
@@ -106,19 +106,19 @@ def _read_instructions(path: Path) -> list[dict[str, str]] | None:
     try:
         text = path.read_text(encoding="utf-8")
         lines = [line for line in text.split("\n") if line.strip()]
-        found = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+        objects = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(example, dict) for example in found):
+    if not isinstance(objects, list) or not all(isinstance(example, dict) for example in objects):
         raise UsageError(f"{path}: a .json file is a list of objects, a .jsonl file has one in each line")
-    if path.suffix == ".jsonl" and not any("instruction" in example for example in found):
+    if path.suffix == ".jsonl" and not any("instruction" in example for example in objects):
         return None
-    for number, example in enumerate(found, start=1):
+    for number, example in enumerate(objects, start=1):
         if not all(isinstance(example.get(key), str) for key in ("instruction", "output")):
             raise UsageError(f'{path}, object {number}: it needs strings under "instruction" and "output"')
         if not isinstance(example.get("input") or "", str):
             raise UsageError(f'{path}, object {number}: "input" is not a string')
-    return found
+    return objects
 
 
 def prompt_of(example: dict[str, str]) -> str:
@@ -169,10 +169,10 @@ def draw(counts: Sequence[int], weights: Sequence[float], *, total: int, seed: s
 def quotas(weights: Sequence[float], total: int) -> list[int]:
     """`total` divided in proportion to the weights, by largest remainders."""
     exact = [total * weight / sum(weights) for weight in weights]
-    found = [math.floor(part) for part in exact]
-    for source in sorted(range(len(exact)), key=lambda s: found[s] - exact[s])[: total - sum(found)]:
-        found[source] += 1
-    return found
+    parts = [math.floor(part) for part in exact]
+    for source in sorted(range(len(exact)), key=lambda s: parts[s] - exact[s])[: total - sum(parts)]:
+        parts[source] += 1
+    return parts
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -188,8 +188,8 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 def hash_of_rows(rows: Iterable[Row]) -> str:
     """sha256 of the tokens and where their prompts end."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for row in rows:
-        found.update(f"{len(row.tokens)} {row.given} ".encode())
-        found.update(row.tokens.numpy().tobytes())
-    return found.hexdigest()
+        hashed.update(f"{len(row.tokens)} {row.given} ".encode())
+        hashed.update(row.tokens.numpy().tobytes())
+    return hashed.hexdigest()

@@ -21,6 +21,7 @@ from component.finetune.stages import stages_of, tune
 from utils import models, report
 from utils.endings import one_line_endings
 from utils.errors import RunError, UsageError
+from utils.sources import Source, find_source
 from utils.whole_files import hash_of
 
 log = logging.getLogger("pifa")
@@ -85,11 +86,11 @@ def _refusal(source: Checkpoint) -> str | None:
     return None
 
 
-def find_teacher(name: str | None, source: Checkpoint) -> models.Source | None:
+def find_teacher(name: str | None, source: Checkpoint) -> Source | None:
     """`original` is what the checkpoint was made from. Raises: UsageError where it has other words."""
     if name is None:
         return None
-    teacher = models.find_source(source.record["model"] if name == "original" else name)
+    teacher = find_source(source.record["model"] if name == "original" else name)
     words, known = models.load_config(teacher).vocab_size, source.config["vocab_size"]
     if words != known:
         raise UsageError(f"--teacher {name} has {words} words and {source.folder} {known}: it can't teach that")

@@ -120,11 +120,11 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the optimiser's memory of them."""
-        found = {f"value.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        held = {f"value.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             # an optimiser knows nothing of a parameter before its first gradient
-            found |= {f"{key}.{name}": tensor for key, tensor in self.optimiser.state.get(parameter, {}).items()}
-        return found
+            held |= {f"{key}.{name}": tensor for key, tensor in self.optimiser.state.get(parameter, {}).items()}
+        return held
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], curve: list[Point]) -> None:

@@ -12,6 +12,7 @@ from component.finetune.self_text import written_rows
 from component.finetune.settings import Settings
 from utils import models
 from utils.errors import UsageError
+from utils.sources import Source
 from utils.whole_files import hash_of
 
 
@@ -43,7 +44,7 @@ def read_material(shares: Sequence[Share], tokenizer: Any, length: int) -> Mater
     return Material([share.name for share in shares], rows, weights)
 
 
-def with_own_text(material: Material, teacher: models.Source, settings: Settings) -> Material:
+def with_own_text(material: Material, teacher: Source, settings: Settings) -> Material:
     """The same with rows in `self`, as many as its share of a stage needs, kept in a file under --save_path.
 
     Raises: UsageError where the share is less than a row.

@@ -57,12 +57,12 @@ def beginnings(rows: Sequence[Row], count: int, seed: int) -> Tensor:
     if not enough:
         raise UsageError(f"--data_path {SELF} needs another text in which a row has {BEGINNING} tokens, to begin with")
     draw = random.Random(f"{SELF} {seed}")
-    found = []
+    stretches = []
     for _ in range(count):
         tokens = draw.choice(enough)
         start = draw.randint(0, len(tokens) - BEGINNING)
-        found.append(tokens[start : start + BEGINNING])
-    return torch.stack(found)
+        stretches.append(tokens[start : start + BEGINNING])
+    return torch.stack(stretches)
 
 
 @torch.no_grad()

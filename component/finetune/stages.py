@@ -23,6 +23,7 @@ from component.finetune.settings import Settings
 from component.format.integration import FACTORS
 from utils import models, report
 from utils.errors import UsageError
+from utils.sources import Source
 
 log = logging.getLogger("pifa")
 
@@ -60,7 +61,7 @@ def tune(
     stages: list[Stage],
     *,
     material: Material,
-    teacher: models.Source | None,
+    teacher: Source | None,
     folder: Path,
 ) -> tuple[dict[str, list[Point]], dict[str, Tensor]]:
     """Run the stages, or what an earlier run left of them: loss curves by stage, and the new factors by name.

@@ -167,18 +167,18 @@ def common_rows(us: list[Tensor]) -> Tensor:
     highest = max(len(d) for d in directions)
     for step in range(highest):
         score = free.clone()
-        for distance, found in zip(distances, directions, strict=True):
-            if step < len(found):
+        for distance, span in zip(distances, directions, strict=True):
+            if step < len(span):
                 score *= distance
         rows[step] = row = torch.where(free > 0, score, -1).argmax()
         free[row] = 0
-        for basis, distance, found in zip(bases, distances, directions, strict=True):
-            if step < len(found):
+        for basis, distance, span in zip(bases, distances, directions, strict=True):
+            if step < len(span):
                 direction = basis[row]
                 for _ in range(2):  # once is not orthogonal enough
-                    direction = direction - (found[:step] @ direction) @ found[:step]
-                found[step] = direction / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny)
-                distance.sub_((basis @ found[step]).square()).clamp_(min=0)
+                    direction = direction - (span[:step] @ direction) @ span[:step]
+                span[step] = direction / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny)
+                distance.sub_((basis @ span[step]).square()).clamp_(min=0)
     rows[highest:] = free.nonzero().flatten()
     return rows
 
