@@ -17,7 +17,7 @@ from torch import Tensor
 
 from utils.errors import UsageError
 from utils.lock import LOCK, locked
-from utils.whole_files import read_json, sha256
+from utils.whole_files import PARTIAL, read_json, remove, sha256
 
 log = logging.getLogger("pifa")
 
@@ -107,14 +107,16 @@ def is_finished(folder: Path) -> bool:
 def finished_record(folder: Path) -> dict[str, Any] | None:
     """The record of a folder that is finished, said aloud; None of any other.
 
-    A run that was killed right behind its record left its lock there: it goes, unless somebody holds it.
+    A run that was killed right behind its record left its lock there, and what it wrote the record in: both go,
+    unless somebody holds the lock.
     """
     if not is_finished(folder):
         return None
     log.warning("%s is finished already", folder)
     if (folder / LOCK).exists():
         with contextlib.suppress(UsageError), locked(folder):
-            pass
+            for left in folder.glob(f".*{PARTIAL}"):
+                remove(left)
     return read_checkpoint(folder).record
 
 
