@@ -11,7 +11,7 @@ from utils.sources import Source, find_source
 ORIGINAL = "original"  # the --model_path that names the model itself
 
 
-def choose(
+def find_checkpoint(
     model_path: str | None,
     save_path: Path,
     *,
@@ -49,7 +49,7 @@ def find_model(model: str, model_path: str | None, save_path: Path) -> Source:
         source = find_source(model)
         models.load_config(source)  # a compressed folder is refused here, before any work
         return source
-    checkpoint = choose(model_path, save_path)
+    checkpoint = find_checkpoint(model_path, save_path)
     checkpoint.verify()
     return model_in(checkpoint)
 

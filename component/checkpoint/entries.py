@@ -13,9 +13,7 @@ from utils.layers import DecoderLayer
 Entries = dict[str, dict[str, Any]]  # the `layers` of the quantization config, by the linear's name
 
 
-def load_layer(
-    layer: nn.Module, described: DecoderLayer, entries: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
-) -> None:
+def load_layer(layer: nn.Module, described: DecoderLayer, entries: Entries, *, tensors: dict[str, Tensor]) -> None:
     """Turn a copy of a dense layer into the finished one that an earlier run stored."""
     for name in described.linears():
         linear = layer.get_submodule(name)

@@ -21,7 +21,7 @@ from utils.layers import DecoderLayer
 ALLOCATIONS = ("iprs", "uniform")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChannelPlanner:
     """influence: by layer, all the same where every layer keeps the same share."""
 
@@ -83,4 +83,6 @@ def channel_planner(task: Task) -> ChannelPlanner:
         influence = block_influence(
             task.model, task.described, windows, device=means.device, source=means.source, shelf=means.shelf
         )
-    return ChannelPlanner(settings, task.modules, task.described, parts, influence)
+    return ChannelPlanner(
+        settings=settings, modules=task.modules, described=task.described, parts=parts, influence=influence
+    )

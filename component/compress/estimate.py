@@ -109,7 +109,7 @@ def states_on_card(shapes: Shapes, work: Work, machine: Machine) -> bool:
     return machine.free is not None and stays_on_card(states_bytes(shapes, work), machine.free)
 
 
-def pass_bytes(shapes: Shapes, work: Work, machine: Machine, number: int) -> int:
+def pass_bytes(shapes: Shapes, work: Work, machine: Machine, *, number: int) -> int:
     """What one batch's passes, threads, hold at a group; a layer's input counts where it is a copy from elsewhere."""
     on_card = machine.free is not None
     copied = on_card and not states_on_card(shapes, work, machine)
@@ -121,7 +121,7 @@ def waiting_batches(shapes: Shapes, work: Work, machine: Machine) -> int | None:
     """How many batches' passes wait in mid-layer, one at least; None without a card: all do."""
     if machine.free is None:
         return None
-    most = max(pass_bytes(shapes, work, machine, number) for number in range(len(shapes.groups)))
+    most = max(pass_bytes(shapes, work, machine, number=number) for number in range(len(shapes.groups)))
     return max(1, int(WAITING_SHARE * machine.free / most))
 
 
@@ -153,7 +153,7 @@ def working_bytes(shapes: Shapes, work: Work, machine: Machine) -> int:
     batches = work.tokens / work.batch_tokens
     batches = batches if waiting is None else min(batches, waiting)
     most = max(
-        int(batches * pass_bytes(shapes, work, machine, number))
+        int(batches * pass_bytes(shapes, work, machine, number=number))
         + max(solving_bytes(shapes, work, number), gathering_bytes(shapes, work, number))
         for number in range(len(shapes.groups))
     )
@@ -172,7 +172,7 @@ def profiling_bytes(shapes: Shapes, work: Work) -> int:
     return shapes.layer_numbers * FLOAT32 + batch + moments
 
 
-def estimate(shapes: Shapes, work: Work, machine: Machine, whole: bool = False) -> Estimate:
+def estimate(shapes: Shapes, work: Work, machine: Machine, *, whole: bool = False) -> Estimate:
     """whole: the model is in memory, not read by layers.
 
     Host memory holds, beside the process as it is and the model's rest: hidden states that are neither on the card nor
@@ -194,4 +194,4 @@ def estimate(shapes: Shapes, work: Work, machine: Machine, whole: bool = False) 
         held += max(shapes.layer_numbers, work.stored // shapes.layers)
     host += machine.resident + held * shapes.size
     disk = (work.stored + shapes.rest) * shapes.size + mapped
-    return Estimate(None if machine.free is None else device, host, mapped, disk)
+    return Estimate(device=None if machine.free is None else device, host=host, mapped=mapped, disk=disk)

@@ -1,7 +1,7 @@
 """The planner of low-rank factors: ranks by an allocation, errors weighed by what the profile says they cost."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class FactorPlanner:
 
     settings: Settings
     modules: list[Module]
+    _: KW_ONLY
     device: torch.device
     profile: Profile | None = None
 
@@ -101,7 +102,7 @@ def attention_densities(settings: Settings, modules: list[Module]) -> list[float
 def factor_planner(task: Task, start: Recipe, recipes: list[Recipe]) -> FactorPlanner:
     """For any of the recipes, after as many passes as the settings say: those before the last compress by `start`."""
     profile = profile_for(task, recipes)
-    planner = FactorPlanner(task.settings, task.modules, task.means.device, profile)
+    planner = FactorPlanner(task.settings, task.modules, device=task.means.device, profile=profile)
     for number in range(2, task.settings.passes + 1):
         if planner.profile is None:
             raise UsageError("--passes 2 is for what reads a profile, such as --allocation kl")

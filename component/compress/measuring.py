@@ -110,7 +110,7 @@ def profile_layers(
             if not torch.isfinite(states[-1]).all():
                 raise RunError(f"{_culprit(wide, names.name)} is not finite")
     influence = [angular_influence(*pair) for pair in itertools.pairwise(states)]
-    gradient = _output_gradients(model, states.pop(), profiling, empty)
+    gradient = _output_gradients(model, states.pop(), profiling, empty=empty)
     for index in tqdm(reversed(range(len(described))), total=len(described), desc="sensitivities", unit="layer"):
         names = described[index]
         with source.filled(names.name, CPU) as original:
@@ -119,15 +119,24 @@ def profile_layers(
             wide, kwargs = _wide(layer, keywords[index], device)
         with full_precision():
             seen = _Seen(names, profiling)
-            gradient = _backward(wide, seen, states.pop(), gradient, kwargs, profiling)
+            gradient = _backward(wide, seen, states.pop(), gradient=gradient, kwargs=kwargs)
             linears = dict(_sensitivities(weights, seen, profiling.shrinkages))
             parts = profiling.parts[index] if profiling.parts else None
-            narrow = dict(_narrow_curves(parts, weights, seen, profiling.shrinkages)) if parts else {}
+            narrow = dict(_narrow_curves(parts, weights, seen, shrinkages=profiling.shrinkages)) if parts else {}
         norms = {first: gram.diagonal().sqrt() for first, gram in seen.input_grams.items()}
         shared = [(weights[name], norms[group[0]]) for group in names.groups for name in group]
         outliers = outlier_share([weight for weight, _ in shared], [norm for _, norm in shared])
         scores = {f"{names.name}.{group[0]}": seen.token_scores(group, windows) for group in names.groups}
-        yield index, LayerProfile(linears, scores, outliers, influence[index], narrow)
+        yield (
+            index,
+            LayerProfile(
+                linears=linears,
+                token_scores=scores,
+                outliers=outliers,
+                influence=influence[index],
+                channel_curves=narrow,
+            ),
+        )
 
 
 class _Seen:
@@ -135,6 +144,7 @@ class _Seen:
 
     def __init__(self, described: DecoderLayer, profiling: Profiling):
         self.described = described
+        self.profiling = profiling
         self.thinning = profiling.thinning
         self.stride = -(-profiling.windows.numel() // (CURVE_TOKENS * self.thinning))
         self.input_grams: dict[str, Tensor] = {}  # by the first linear of a group
@@ -192,7 +202,7 @@ def _weights(layer, names: list[str], device: torch.device) -> dict[str, Tensor]
     return {name: layer.get_submodule(name).weight.detach().to(device) for name in names}
 
 
-def _output_gradients(model, states: Tensor, profiling: Profiling, empty: Empty) -> Tensor:
+def _output_gradients(model, states: Tensor, profiling: Profiling, *, empty: Empty) -> Tensor:
     """Gradient of the log-likelihood of labels drawn from the model, with respect to the last layer's output."""
     windows, device = profiling.windows, profiling.device
     draw = torch.Generator(device=device).manual_seed(profiling.seed)
@@ -206,9 +216,7 @@ def _output_gradients(model, states: Tensor, profiling: Profiling, empty: Empty)
     return gradients
 
 
-def _backward(
-    layer: nn.Module, seen: _Seen, states: Tensor, gradient: Tensor, kwargs: dict[str, Any], profiling: Profiling
-) -> Tensor:
+def _backward(layer: nn.Module, seen: _Seen, states: Tensor, *, gradient: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Batch by batch forward and backward through the layer, into `seen`; the gradient of the layer's own input.
 
     The gradient of the output is overwritten by it.
@@ -224,11 +232,13 @@ def _backward(
             inputs[name] = x.detach()
 
     with watching(layer, names, see):
-        for part, incoming in zip(states.split(profiling.batch), gradient.split(profiling.batch), strict=True):
-            hidden = part.to(profiling.device).requires_grad_(True)
+        for part, incoming in zip(
+            states.split(seen.profiling.batch), gradient.split(seen.profiling.batch), strict=True
+        ):
+            hidden = part.to(seen.profiling.device).requires_grad_(True)
             output = run_layer(layer, hidden, kwargs)
             wanted = [hidden, *(outputs[name] for name in names)]
-            found = torch.autograd.grad(output, wanted, incoming.to(profiling.device))
+            found = torch.autograd.grad(output, wanted, incoming.to(seen.profiling.device))
             seen.add(inputs, dict(zip(names, found[1:], strict=True)))
             incoming.copy_(found[0])  # now that nobody needs it: gradients of outputs may be views of it
     return gradient
@@ -250,7 +260,7 @@ def _sensitivities(weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[fl
             yield full_name, Sensitivity(torch.stack(curves).cpu(), output_gram.float().cpu())
 
 
-def _narrow_curves(part: Parts, weights: dict[str, Tensor], seen: _Seen, shrinkages: tuple[float | None, ...]):
+def _narrow_curves(part: Parts, weights: dict[str, Tensor], seen: _Seen, *, shrinkages: tuple[float | None, ...]):
     for name in (part.output, part.down):
         full_name = f"{seen.described.name}.{name}"
         first = next(group[0] for group in seen.described.groups if name in group)

@@ -11,7 +11,7 @@ from component.compress.channel_planner import channel_planner, check_narrow
 from component.compress.factor_planner import factor_planner
 from component.compress.judging import held_out_perplexity
 from component.compress.planner import Planner
-from component.compress.recipe import Recipe, candidates, choose, tunable
+from component.compress.recipe import Recipe, candidates, choose_recipe, tunable
 from component.compress.settings import Settings
 from component.compress.task import Task
 from component.flow.streaming import Compression, Refinement, compress_layers
@@ -60,10 +60,10 @@ class Pipeline:
         return means.team.agreed(found)
 
     def choose(self) -> tuple[Recipe, list[dict[str, Any]]]:
-        """The recipe of least held-out perplexity, and all that were judged: see recipe.choose."""
+        """The recipe of least held-out perplexity, and all that were judged: see choose_recipe."""
         start, names = self.task.settings.recipe(), constants_of(self.task.settings)
         kinds = self.planner.kinds(start)
-        return choose(start, kinds, names=names, count=self.task.settings.tune, judge=self.judge)
+        return choose_recipe(start, kinds, names=names, count=self.task.settings.tune, judge=self.judge)
 
 
 def planned(task: Task) -> Pipeline:

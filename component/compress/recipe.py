@@ -1,6 +1,6 @@
 """Hyperparameters are chosen on held-out windows of the calibration text, never on the text that is judged.
 
-`choose` looks at recipes through a function that gives a recipe's held-out perplexity (judging.py).
+`choose_recipe` looks at recipes through a function that gives a recipe's held-out perplexity (judging.py).
 """
 
 import itertools
@@ -66,8 +66,8 @@ def candidates(start: Recipe, names: Sequence[str], count: int) -> list[Recipe]:
     return list(dict.fromkeys(found))[:count]
 
 
-def choose(
-    start: Recipe, kinds: Sequence[Recipe], names: Sequence[str], count: int, judge: Callable[[Recipe], float]
+def choose_recipe(
+    start: Recipe, kinds: Sequence[Recipe], *, names: Sequence[str], count: int, judge: Callable[[Recipe], float]
 ) -> tuple[Recipe, list[dict[str, Any]]]:
     """The recipe of least held-out perplexity, and all that were judged, in order, each with its `heldout_ppl`.
 

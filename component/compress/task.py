@@ -77,7 +77,7 @@ def task_for(
     flows = Flows(text.windows, whitening=settings.pruning_nsamples, reconstruction=settings.reconstruct_nsamples)
     shapes = shapes_of(model, described, modules)
     work = work_of(settings, modules, flows, batch=means.batch, processes=means.team.size)
-    needs = estimate(shapes, work, machine, isinstance(source, HeldLayers))
+    needs = estimate(shapes, work, machine, whole=isinstance(source, HeldLayers))
     announce(settings, modules, flows, device=means.device, needs=needs)
     means = replace(means, waiting=waiting_batches(shapes, work, machine))
     return Task(

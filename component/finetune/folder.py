@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from component.checkpoint import reading as files
-from component.checkpoint.choose import choose, model_in
+from component.checkpoint.choose import find_checkpoint, model_in
 from component.checkpoint.derive import Derivation
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter
@@ -37,7 +37,7 @@ def finetune_folder(settings: Settings) -> dict[str, Any]:
     if settings.order != "full":
         lora.check_installed(settings.order)
     shares = rows_of.parse_mixture(settings.data_path)
-    source = choose(
+    source = find_checkpoint(
         settings.request.model_path,
         settings.request.save_path,
         passed_over=("finetune", "quantize"),

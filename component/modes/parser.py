@@ -139,11 +139,11 @@ def read(argv: Sequence[str], flags: Mapping[str, Sequence[Flag]], typed: Sequen
         flag.verify(value)
         if name not in own:
             unread.append(flag)
-    _tell(unread, options.mode, flags, typed)
+    _tell(unread, flags, mode=options.mode, typed=typed)
     return options
 
 
-def _tell(unread: list[Flag], mode: str, flags: Mapping[str, Sequence[Flag]], typed: Sequence[str]) -> None:
+def _tell(unread: list[Flag], flags: Mapping[str, Sequence[Flag]], *, mode: str, typed: Sequence[str]) -> None:
     """Warn of flags that the mode does not read. Raises: UsageError for one that makes no sense in another mode."""
     for flag in unread:
         if flag.only:

@@ -9,7 +9,7 @@ import transformers
 from tqdm import tqdm
 
 from component.checkpoint import reading as files
-from component.checkpoint.choose import choose
+from component.checkpoint.choose import find_checkpoint
 from component.checkpoint.derive import Derivation
 from component.checkpoint.entries import kept_of
 from component.checkpoint.reading import Checkpoint
@@ -33,7 +33,7 @@ def pivot_folder(settings: Settings) -> dict[str, Any]:
     Raises: UsageError for a checkpoint without factors to pivot, RunError where a factor is not finite.
     """
     watch = report.Stopwatch(torch.device(settings.request.device))
-    source = choose(
+    source = find_checkpoint(
         settings.request.model_path,
         settings.request.save_path,
         kind="lowrank",

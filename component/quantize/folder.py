@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from component.checkpoint.choose import choose, model_in
+from component.checkpoint.choose import find_checkpoint, model_in
 from component.checkpoint.counting import count_numbers
 from component.checkpoint.derive import Derivation
 from component.checkpoint.entries import Entries, is_narrow
@@ -48,7 +48,7 @@ def quantize_folder(settings: Settings) -> dict[str, Any]:
     """
     watch = report.Stopwatch(torch.device(settings.request.device))
     packing.check_installed()
-    source = choose(
+    source = find_checkpoint(
         settings.request.model_path,
         settings.request.save_path,
         passed_over=("quantize",),

@@ -8,7 +8,7 @@ import pytest
 import PIFA
 from component.checkpoint import reading as files
 from component.checkpoint.carried import loader_files
-from component.checkpoint.choose import choose
+from component.checkpoint.choose import find_checkpoint
 from tests import tiny
 from utils.errors import UsageError
 
@@ -57,17 +57,17 @@ def test_the_newest_is_chosen_or_what_it_was_made_from(compressed, pivoted, tmp_
         tmp_path / "third" / files.RECORD,
         lambda record: record.update(mode="finetune", source=str(tmp_path / "second")),
     )
-    assert choose(None, tmp_path).folder.name == "third"
-    assert choose(None, tmp_path, passed_over=("finetune",)).folder.name == "second"
-    assert choose(None, tmp_path, kind="lowrank").folder.name == "first"
+    assert find_checkpoint(None, tmp_path).folder.name == "third"
+    assert find_checkpoint(None, tmp_path, passed_over=("finetune",)).folder.name == "second"
+    assert find_checkpoint(None, tmp_path, kind="lowrank").folder.name == "first"
     # what is named is taken as it is
-    assert choose(str(tmp_path / "third"), tmp_path, passed_over=("finetune",)).folder.name == "third"
+    assert find_checkpoint(str(tmp_path / "third"), tmp_path, passed_over=("finetune",)).folder.name == "third"
 
 
 def test_what_will_not_do_is_refused_in_the_modes_own_words(compressed, tmp_path):
     with pytest.raises(UsageError, match=r"^factors, please$"):
-        choose("original", tmp_path, no_original="factors, please")
+        find_checkpoint("original", tmp_path, no_original="factors, please")
     with pytest.raises(UsageError, match=r"^not this one$"):
-        choose(str(compressed), tmp_path, refusal=lambda source: "not this one")
+        find_checkpoint(str(compressed), tmp_path, refusal=lambda source: "not this one")
     with pytest.raises(UsageError, match="no finished pifa checkpoint"):
-        choose(None, compressed.parent, kind="pifa")
+        find_checkpoint(None, compressed.parent, kind="pifa")

@@ -89,7 +89,7 @@ def test_an_interrupted_run_goes_on_with_the_form_it_chose(form, arguments, tmp_
     stored = [path.read_bytes() for path in shards]
     (folder / "pifa.json").unlink()
     shards[1].unlink()
-    monkeypatch.setattr(component.compress.pipeline, "choose", pytest.fail)
+    monkeypatch.setattr(component.compress.pipeline, "choose_recipe", pytest.fail)
     good([*argv, "--resume"])
     assert [path.read_bytes() for path in shards] == stored
 

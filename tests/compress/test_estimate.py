@@ -81,7 +81,9 @@ def test_32_windows_of_7b_are_what_was_measured():
 def test_waiting_passes_take_their_share_of_the_card(shapes, free):
     machine = Machine(free * GIB)
     count = waiting_batches(shapes, PAPER, machine)
-    held = [max(pass_bytes(shapes, PAPER, machine, number) for number in range(4)) * c for c in (count, count + 1)]
+    held = [
+        max(pass_bytes(shapes, PAPER, machine, number=number) for number in range(4)) * c for c in (count, count + 1)
+    ]
     assert count == 1 or held[0] <= WAITING_SHARE * machine.free
     assert held[1] > WAITING_SHARE * machine.free
     assert waiting_batches(shapes, PAPER, HOST) is None
@@ -100,7 +102,9 @@ def test_device_memory_stops_growing_with_windows_once_passes_begin_anew():
 def test_a_layers_input_is_held_by_its_pass_where_hidden_states_are_elsewhere():
     copy = 2 * 8192 * 4096 * 2
     for number in range(4):
-        assert pass_bytes(LLAMA, PAPER, SMALL_CARD, number) - pass_bytes(LLAMA, PAPER, CARD, number) == copy
+        assert (
+            pass_bytes(LLAMA, PAPER, SMALL_CARD, number=number) - pass_bytes(LLAMA, PAPER, CARD, number=number) == copy
+        )
 
 
 def test_hidden_states_are_mapped_above_the_limit():

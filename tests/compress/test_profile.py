@@ -264,11 +264,14 @@ def test_token_weights_are_scores_to_a_power_with_mean_one(count, tmp_path):
     settings = tiny.settings(reconstruct_nsamples=count)
     recipe = Recipe(0.25, 0.5, None, 0.5, 0.3)
     name = "model.layers.1.mlp.gate_proj"
-    weights = FactorPlanner(settings, [], CPU, profile).solver(recipe).token_weights(name)
+    weights = FactorPlanner(settings, [], device=CPU, profile=profile).solver(recipe).token_weights(name)
     roots = profile.token_scores(name)[:count].sqrt()
     assert weights.shape == (count, WINDOWS.shape[1])
     assert torch.equal(weights[:3], roots / roots.mean()) and (weights[3:] == 1).all()
-    assert FactorPlanner(settings, [], CPU, profile).solver(replace(recipe, token_power=0.0)).token_weights is None
+    assert (
+        FactorPlanner(settings, [], device=CPU, profile=profile).solver(replace(recipe, token_power=0.0)).token_weights
+        is None
+    )
 
 
 def test_a_profile_is_reused_by_its_owner_and_refused_to_others(tmp_path):

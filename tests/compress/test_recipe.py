@@ -13,7 +13,7 @@ import component.compress.pipeline
 import PIFA
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.judging import held_out_perplexity
-from component.compress.recipe import VALUES, Recipe, candidates, choose, tunable
+from component.compress.recipe import VALUES, Recipe, candidates, choose_recipe, tunable
 from component.flow.means import Flows, Means
 from component.flow.streaming import Compression, compress_layers
 from component.ranks.budget import RANK_FLOOR
@@ -117,7 +117,9 @@ def test_the_best_is_taken_and_each_recipe_judged_once():
         asked.append(recipe)
         return 10 + abs(recipe.attention_density - 0.4) + abs(recipe.drift_factor - 0.5) + recipe.old_output_factor
 
-    recipe, tuned = choose(START, [with_attention(0.5), with_attention(0.4)], NAMES[:2], 99, judge)
+    recipe, tuned = choose_recipe(
+        START, [with_attention(0.5), with_attention(0.4)], names=NAMES[:2], count=99, judge=judge
+    )
     assert (recipe.attention_density, recipe.drift_factor, recipe.old_output_factor) == (0.4, 0.5, 0.125)
     assert len(set(asked)) == len(asked) == len(tuned)
     assert [entry["heldout_ppl"] for entry in tuned] == [judge(one) for one in list(asked)]
@@ -126,9 +128,12 @@ def test_the_best_is_taken_and_each_recipe_judged_once():
 
 
 def test_of_equals_the_first_is_taken_and_nothing_is_judged_where_nothing_is_open():
-    assert choose(START, [], NAMES, 4, lambda recipe: 1.0)[0] == START
-    assert choose(START, [], NAMES, 0, pytest.fail) == (START, [])
-    assert choose(START, [with_attention(0.5)], NAMES, 0, pytest.fail) == (with_attention(0.5), [])
+    assert choose_recipe(START, [], names=NAMES, count=4, judge=lambda recipe: 1.0)[0] == START
+    assert choose_recipe(START, [], names=NAMES, count=0, judge=pytest.fail) == (START, [])
+    assert choose_recipe(START, [with_attention(0.5)], names=NAMES, count=0, judge=pytest.fail) == (
+        with_attention(0.5),
+        [],
+    )
 
 
 # ---------------------------------------------------------------- through the front door
@@ -174,7 +179,7 @@ def test_an_interrupted_run_goes_on_with_what_it_chose(tuned_run, arguments, tmp
     with pytest.raises(KeyboardInterrupt):
         PIFA.run(command)
     monkeypatch.setattr(CheckpointWriter, "write", write)
-    monkeypatch.setattr(component.compress.pipeline, "choose", pytest.fail)
+    monkeypatch.setattr(component.compress.pipeline, "choose_recipe", pytest.fail)
     record = PIFA.run(command)
     assert record["tuned"] == tuned_run["tuned"]
     shards = [tiny.contents(Path(run["path"]), ("pifa.json",)) for run in (record, tuned_run)]
