@@ -6,6 +6,7 @@ from pathlib import Path
 from component.modes.parser import Default, Flag, Options, at_least, from_zero, within
 from utils.errors import UsageError
 from utils.names import DTYPE_NAMES, check_dataset
+from utils.sources import find_source
 
 log = logging.getLogger("pifa")
 
@@ -117,10 +118,9 @@ def one_text(options: Options) -> None:
 
 
 def check_model(options: Options) -> None:
-    """Raises: UsageError for a --model that is a path and not there."""
-    from utils.sources import find_source
-
-    find_source(options.model)
+    """Raises: UsageError for a --model that is a path and not there. The wheel's is looked for when it is opened."""
+    if options.model != DEFAULT_MODEL:
+        find_source(options.model)
 
 
 def check_subject(options: Options) -> None:

@@ -270,7 +270,7 @@ def test_the_operator_is_what_it_says(memory, needs_grad):
 def test_a_second_copy_of_the_file_shares_the_operators():
     """A checkpoint that carries the file may be loaded where it is installed."""
     # beside the installed one, as relative imports need a package
-    spec = importlib.util.spec_from_file_location("component.a_copy_of_kernels", kernels.__file__)
+    spec = importlib.util.spec_from_file_location("component.format.a_copy_of_kernels", kernels.__file__)
     copy = importlib.util.module_from_spec(spec)
     before = torch.ops.pifa.product.default
     spec.loader.exec_module(copy)
