@@ -1,6 +1,7 @@
 """README.md and docs/: no dead link, no command that the parser refuses, and a README that is short."""
 
 import ast
+import importlib
 import itertools
 import re
 import shlex
@@ -12,6 +13,7 @@ import PIFA
 from component.modes import MODES
 from component.modes.aliases import ALIASES
 from component.modes.parser import Flag
+from component.ranks.allocation import ALLOCATIONS, Allocation
 from component.ranks.budget import Budget, Module
 from component.ranks.cost import PIVOTED
 
@@ -147,15 +149,22 @@ def test_flags_stand_in_one_place():
     assert [page for page in PAGES if "| flag | default |" in page.read_text(encoding="utf-8")] == [FLAGS]
 
 
-def test_the_allocation_example_runs():
+def test_the_allocation_example_is_one_file_and_one_registration(arguments, tmp_path, monkeypatch):
+    """The page's own code, in a file of its own, makes ranks and serves --mode m."""
     page = REPOSITORY / "docs" / "code.md"
     example = page.read_text(encoding="utf-8").split("<!-- allocation example -->")[1]
     code = next(text for language, text in FENCE.findall(example) if language == "python")
-    namespace: dict = {}
-    exec(code, namespace)  # the page's own code
+    (tmp_path / "front_loaded.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    share_out = importlib.import_module("front_loaded").front_loaded
     modules = [Module(f"layers.{layer}.up", 96, 64, False, layer) for layer in range(5)]
     budget = Budget(modules, 0.5, PIVOTED)
-    plan = namespace["front_loaded"](budget)
+    plan = share_out(budget)
     ranks = [plan[module.name].number for module in modules]
     assert ranks[0] == ranks[1] > ranks[2] > ranks[3] == ranks[4]
     assert sum(budget.stored(module, plan[module.name].number) for module in modules) <= budget.numbers
+    monkeypatch.setitem(ALLOCATIONS, "front_loaded", Allocation(share_out))
+    record = PIFA.run(arguments("m", density=0.6, allocation="front_loaded", save_path=tmp_path / "out"))
+    assert "_front_loaded_" in Path(record["path"]).name and record["density_pivoted"] <= 0.6
+    first, second = (record["ranks"][f"model.layers.{layer}.mlp.up_proj"] for layer in (0, 1))
+    assert first > second

@@ -7,13 +7,14 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
 
 from utils.errors import UsageError
+from utils.hub_sets import HUB_SETS
 from utils.names import DATASETS
 
 log = logging.getLogger("pifa")
@@ -131,38 +132,6 @@ def hub_reachable() -> bool:
     except OSError:
         return False
     return True
-
-
-HUB_SETS: dict[str, dict[str, Any]] = {
-    "wikitext2": {
-        "path": "Salesforce/wikitext",
-        "name": "wikitext-2-raw-v1",
-        "splits": {"train": "train", "test": "test"},
-        "column": "text",
-    },
-    # a script repository: the hub's own parquet conversion of it still loads
-    "ptb": {
-        "path": "ptb-text-only/ptb_text_only",
-        "revision": "refs/convert/parquet",
-        "splits": {"train": "train", "test": "test"},
-        "column": "sentence",
-    },
-    "c4": {
-        "path": "allenai/c4",
-        "data_files": {
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-        "splits": {"train": "train", "test": "validation"},
-        "column": "text",
-    },
-    # instructions with their answers, in the prompt that Alpaca was trained with; it comes in one piece
-    "alpaca": {
-        "path": "tatsu-lab/alpaca",
-        "splits": {"train": "train[:90%]", "test": "train[90%:]"},
-        "column": "text",
-    },
-}
 
 
 def _cached(dataset: str) -> bool:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from utils.errors import UsageError
+from utils.hub_sets import HUB_SETS
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
-DATASETS = ("wikitext2", "ptb", "c4", "alpaca", "pydoc")  # that --dataset knows by name
+DATASETS = (*HUB_SETS, "pydoc")  # that --dataset knows by name
 
 
 def check_dataset(dataset: str | None) -> None:
