@@ -267,10 +267,10 @@ def test_sigterm_ends_in_one_line_and_leaves_nothing_half_done(share, command, t
 def test_sigterm_while_passes_wait_ends_their_threads(at, command, tmp_path, monkeypatch):
     """The signal comes between two linears of a layer, when every batch's pass waits in a thread of its own."""
     import component.flow.lockstep
-    import component.flow.streaming
+    import component.flow.solving
 
     module, name = {
-        "solve": (component.flow.streaming, "_replace"),
+        "solve": (component.flow.solving, "_replace"),
         "forward": (component.flow.lockstep, "run_layer"),
     }[at]
     run, calls, waiting = getattr(module, name), [0], [0]

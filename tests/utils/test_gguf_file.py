@@ -59,7 +59,8 @@ def llama(request, tmp_path) -> sources.Source:
     """A GGUF file of a tiny model and a tokenizer that merges."""
     model, words = tiny.build("llama", **FORMS[request.param]), byte_level()
     path = tmp_path / "tiny.gguf"
-    gguf_model.write(path, model, gguf_model.vocabulary_of(words, model.config.vocab_size), torch.float32, "tiny")
+    vocabulary = gguf_model.vocabulary_of(words, model.config.vocab_size)
+    gguf_model.write(path, model, vocabulary, dtype=torch.float32, name="tiny")
     return sources.find_source(str(path))
 
 
@@ -125,6 +126,6 @@ def test_a_file_that_lacks_a_weight_is_refused(tmp_path):
     model = tiny.build("llama", **FORMS["untied"])
     words = gguf_model.vocabulary_of(byte_level(), model.config.vocab_size)
     model.model.norm.weight = None
-    gguf_model.write(tmp_path / "tiny.gguf", model, words, torch.float32, "tiny")
+    gguf_model.write(tmp_path / "tiny.gguf", model, words, dtype=torch.float32, name="tiny")
     with pytest.raises(UsageError, match=r"does not hold every weight.*model\.norm\.weight"):
         models.load_model(sources.find_source(str(tmp_path / "tiny.gguf")), torch.float32)
