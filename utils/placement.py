@@ -72,8 +72,8 @@ class Shelf:
         numbers = torch.Size(shape).numel()
         descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=".hidden-states-")
         try:
-            # writing to a mapped hole on a full disk would end the process
-            os.posix_fallocate(descriptor, 0, max(1, numbers * dtype.itemsize))
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped hole on a full disk would end the process
+                os.posix_fallocate(descriptor, 0, max(1, numbers * dtype.itemsize))
             return torch.from_file(name, shared=True, size=numbers, dtype=dtype).reshape(shape)
         finally:
             os.close(descriptor)

@@ -96,7 +96,8 @@ def team_for(device: torch.device) -> Iterator[tuple[Team, torch.device]]:
         yield Team(), device
         return
     if os.environ.get("OMP_NUM_THREADS") == "1":  # what torchrun sets where nothing is said: most cores would idle
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

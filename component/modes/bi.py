@@ -33,21 +33,7 @@ def check(options: Options) -> None:
 
 
 def settings_of(options: Options) -> InfluenceSettings:
-    return InfluenceSettings(
-        model=options.model,
-        save_path=options.save_path,
-        prefix=options.prefix,
-        bi_score=options.bi_score,
-        density=options.density,
-        dataset=options.dataset[0] if options.dataset else None,
-        reconstruct_nsamples=options.reconstruct_nsamples,
-        heldout_nsamples=options.heldout_nsamples,
-        model_seq_len=options.model_seq_len,
-        seed=options.seed,
-        device=options.DEV,
-        dtype=options.dtype,
-        command=options.command,
-    )
+    return shared.as_settings(InfluenceSettings, options, device=options.DEV)
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -44,17 +44,12 @@ def run(options: Options) -> dict[str, Any]:
     """
     manager = task_manager(options.tasks, options.task_path)
 
-    from component.checkpoint.choose import find_model
-    from component.modes.subject import load_judged
+    from component.modes.subject import find_subject, load_judged
     from evaluater import zero_shot
-    from utils.models import load_tokenizer
     from utils.report import markdown_table
 
-    source = find_model(options.model, options.model_path, Path(options.save_path))
-    tokenizer = load_tokenizer(source)
-    model, watch, record = load_judged(
-        source, model=options.model, device=options.DEV, dtype=options.dtype, seed=options.seed, command=options.command
-    )
+    source, tokenizer = find_subject(options)
+    model, watch, record = load_judged(source, options)
     results = zero_shot(
         model,
         tokenizer,

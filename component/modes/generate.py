@@ -1,7 +1,6 @@
 """--mode generate: continues a text or answers a chat, token by token on stdout."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from component.modes import shared
@@ -48,19 +47,14 @@ def run(options: Options) -> dict[str, Any]:
     Raises: UsageError for a prompt that can't be read, or --chat without a chat template.
     """
     import component.runner.generation as generation
-    from component.checkpoint.choose import find_model
-    from component.modes.subject import load_judged
-    from utils.models import load_tokenizer
+    from component.modes.subject import find_subject, load_judged
 
     typed = generation.reads_terminal(options.prompt, options.prompt_file)
     single = None if typed else generation.read_prompt(options.prompt, options.prompt_file)
     prompts = generation.typed_prompts() if single is None else iter([single])
-    source = find_model(options.model, options.model_path, Path(options.save_path))
-    tokenizer = load_tokenizer(source)
+    source, tokenizer = find_subject(options)
     chat = generation.chats(options.chat, tokenizer)
-    model, watch, record = load_judged(
-        source, model=options.model, device=options.DEV, dtype=options.dtype, seed=options.seed, command=options.command
-    )
+    model, watch, record = load_judged(source, options)
     sampling = generation.Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

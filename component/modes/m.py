@@ -1,6 +1,6 @@
 """--mode m: a dense model in, a folder of low-rank factors out (or of fewer channels, or of both)."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +153,7 @@ def _fill_allocation(options: Options) -> None:
 
 def settings_of(options: Options) -> Settings:
     """What decides the result."""
-    values = {field.name: getattr(options, field.name) for field in fields(Settings)}
-    return Settings(**{**values, "dataset": options.dataset[0] if options.dataset else None})
+    return shared.as_settings(Settings, options)
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """--mode ppl: perplexity of a checkpoint or of the original model."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from component.modes import shared
@@ -35,25 +34,20 @@ def check(options: Options) -> None:
 
 def run(options: Options) -> dict[str, Any]:
     """Judge; returns the result record. Texts and windows come before the model is loaded."""
-    from component.checkpoint.choose import find_model
-    from component.modes.subject import load_judged
+    from component.modes.subject import find_subject, load_judged
     from evaluater import perplexity
     from utils import data
     from utils.attention import repeat_heads
-    from utils.models import load_tokenizer
 
     texts = [data.read_text(name, "test") for name in options.dataset or [None]]
-    source = find_model(options.model, options.model_path, Path(options.save_path))
-    tokenizer = load_tokenizer(source)
+    source, tokenizer = find_subject(options)
     windows = {
         text.name: data.consecutive_windows(
             data.tokenize(tokenizer, text.text), options.model_seq_len, options.eval_nsamples
         )
         for text in texts
     }
-    model, watch, record = load_judged(
-        source, model=options.model, device=options.DEV, dtype=options.dtype, seed=options.seed, command=options.command
-    )
+    model, watch, record = load_judged(source, options)
     if record["dtype"] == "float32" and watch.device.type == "cuda":
         repeat_heads(model)
     results = {name: perplexity(model, rows, options.eval_batch_size) for name, rows in windows.items()}

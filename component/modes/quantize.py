@@ -63,22 +63,8 @@ def check(options: Options) -> None:
 
 
 def settings_of(options: Options) -> Settings:
-    return Settings(
-        request=request_of(options, prefix=options.prefix),
-        method=options.quantize_method,
-        bits=options.bits,
-        group_size=options.group_size,
-        act_order=options.act_order,
-        old_output_factor=options.old_output_factor,
-        drift_factor=options.drift_factor,
-        integer_share=options.integer_share,
-        dataset=options.dataset[0] if options.dataset else None,
-        heldout_nsamples=options.heldout_nsamples,
-        reconstruct_nsamples=options.reconstruct_nsamples,
-        model_seq_len=options.model_seq_len,
-        seed=options.seed,
-        host_memory=options.host_memory,
-    )
+    request = request_of(options, prefix=options.prefix)
+    return shared.as_settings(Settings, options, request=request, method=options.quantize_method)
 
 
 def run(options: Options) -> dict[str, Any]:

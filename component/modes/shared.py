@@ -1,7 +1,9 @@
 """Flags that several modes read, declared once, and their checks. A mode that has another default replaces it."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from component.modes.parser import Default, Flag, Options, at_least, from_zero, within
 from utils.errors import UsageError
@@ -9,6 +11,8 @@ from utils.names import DTYPE_NAMES, check_dataset
 from utils.sources import find_source
 
 log = logging.getLogger("pifa")
+
+Settings = TypeVar("Settings")
 
 ORIGINAL = "original"  # --model_path of the model that is not compressed
 DEFAULT_MODEL = "smollm2"
@@ -115,6 +119,18 @@ def one_text(options: Options) -> None:
     """Raises: UsageError where calibration is given several texts."""
     if len(options.dataset or []) > 1:
         raise UsageError("several --dataset are for --mode ppl; calibration takes one")
+
+
+def as_settings(kind: type[Settings], options: Options, **others: Any) -> Settings:
+    """The settings of a mode: each field is the flag of its name, but for those in `others`.
+
+    A field `dataset` is the one text of calibration.
+    """
+    if "dataset" not in others:
+        others["dataset"] = options.dataset[0] if options.dataset else None
+    names = {field.name for field in fields(cast(Any, kind))}
+    flags = {name: getattr(options, name) for name in names - others.keys()}
+    return kind(**flags, **{name: value for name, value in others.items() if name in names})
 
 
 def check_model(options: Options) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
+from component.checkpoint.choose import find_model
 from component.checkpoint.reading import MANIFEST, read_checkpoint
+from component.modes.parser import Options
 from utils import models, report
 from utils.sources import Source
 
@@ -20,31 +22,32 @@ def record_of(source: Source) -> dict[str, Any]:
     return read_checkpoint(source.location).record if is_compressed(source) else {}
 
 
-def load_judged(
-    source: Source, *, model: str, device: str, dtype: str | None, seed: int, command: str
-) -> tuple[Any, report.Stopwatch, dict[str, Any]]:
+def find_subject(options: Options) -> tuple[Source, Any]:
+    """The model that the flags name, and its tokenizer. Raises: UsageError where there is none, or it is damaged."""
+    source = find_model(options.model, options.model_path, Path(options.save_path))
+    return source, models.load_tokenizer(source)
+
+
+def load_judged(source: Source, options: Options) -> tuple[Any, report.Stopwatch, dict[str, Any]]:
     """The model on its device, a running stopwatch, and what every record of a judged model starts with.
 
-    model, command: as the record quotes them; dtype: None for that of the checkpoint, or what suits the device.
+    Its dtype is --dtype, else that of the checkpoint, else what suits the device.
     """
-    place = torch.device(device)
-    watch = report.Stopwatch(place)
+    device = torch.device(options.DEV)
+    watch = report.Stopwatch(device)
     stored = record_of(source)
-    default = stored.get("dtype") or models.default_dtype_name(source, models.load_config(source), place)
-    name = dtype or default
-    loaded: Any = models.load_model(source, models.DTYPES[name])
-    return (
-        loaded.to(place),
-        watch,
-        {
-            "command": command,
-            "model": stored.get("model", model),
-            "dataset": stored.get("dataset"),
-            "path": source.location if is_compressed(source) else "original",
-            "dtype": name,
-            "seed": seed,
-            "density": stored.get("density", 1.0),
-            "density_model": stored.get("density_model", 1.0),
-            "device": report.device_name(place),
-        },
-    )
+    default = stored.get("dtype") or models.default_dtype_name(source, models.load_config(source), device)
+    dtype = options.dtype or default
+    loaded: Any = models.load_model(source, models.DTYPES[dtype])
+    record = {
+        "command": options.command,
+        "model": stored.get("model", options.model),
+        "dataset": stored.get("dataset"),
+        "path": source.location if is_compressed(source) else "original",
+        "dtype": dtype,
+        "seed": options.seed,
+        "density": stored.get("density", 1.0),
+        "density_model": stored.get("density_model", 1.0),
+        "device": report.device_name(device),
+    }
+    return loaded.to(device), watch, record

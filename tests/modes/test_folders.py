@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import component.checkpoint.writer
 import component.compress.pipeline
 from tests import tiny
 
@@ -134,7 +135,7 @@ def test_a_save_path_that_is_a_file(place, mode, compressed, arguments, tmp_path
 
 @pytest.mark.parametrize("mode", ["m", "pifa"])
 def test_a_save_path_that_takes_no_files(mode, compressed, arguments, tmp_path, bad, monkeypatch):
-    monkeypatch.setattr("component.checkpoint.writer._accepts_files", lambda folder: False)
+    monkeypatch.setattr(component.checkpoint.writer, "_accepts_files", lambda folder: False)
     bad(arguments(mode, model_path=compressed, save_path=tmp_path / "new"), "choose another --save_path")
     assert not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""The README's first table: python -m tests.reports.demo (what `make demo` runs)
+"""The table of the small model (docs/results.md): python -m tests.reports.demo (what `make demo` runs)
 
 Compresses SmolLM2-135M to half its decoder weights on the CPU in several ways, judges each on the part of Python's
 language reference that no calibration saw, and prints a Markdown table and a sentence from the dense and the pivoted

@@ -1,4 +1,4 @@
-"""The README's tables of methods: python -m tests.reports.quality --calibration valid.txt --test test.txt --part NAME
+"""docs/results.md's tables: python -m tests.reports.quality --calibration valid.txt --test test.txt --part NAME
 
 Parts: densities (the default at six densities, through the front door's own commands), allocations (every allocation
 with the same solver), ablation (the default less one of its ingredients at a time, and plus what is off by default),

@@ -1,4 +1,4 @@
-"""The README's WikiText-2 table: python -m tests.reports.wikitext2 --calibration valid.txt --test test.txt
+"""docs/results.md's table on WikiText-2: python -m tests.reports.wikitext2 --calibration valid.txt --test test.txt
 
 Runs the front door's own commands, one after the other in one process, and prints a Markdown table. Results are
 kept under --save_path; run it again with the same flags and finished checkpoints are used as they are.
