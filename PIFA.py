@@ -23,7 +23,13 @@ def modes() -> dict[str, ModuleType]:
 
 
 def parse(argv: Sequence[str]) -> parser.Options:
-    """Flags -> checked options with every default of the mode filled in. Raises: UsageError for what can't be."""
+    """Flags -> checked options with every default of the mode filled in. Raises: UsageError for what can't be.
+
+    With --help: prints that and ends the process, as argparse does.
+    """
+    if HELP & set(argv):
+        print(help_text(argv), end="")
+        sys.exit(0)
     known = modes()
     options = parser.read(expand(argv), {name: mode.FLAGS for name, mode in known.items()}, argv)
     options.command = shlex.join(["python", "PIFA.py", *argv])
@@ -37,7 +43,7 @@ def parse(argv: Sequence[str]) -> parser.Options:
 def help_text(argv: Sequence[str]) -> str:
     """The help of the mode that the command line names, or else of the tool."""
     known = modes()
-    asked = next((word for flag, word in zip(argv, [*argv[1:], ""], strict=True) if flag == "--mode"), None)
+    asked = parser.parser_of([parser.MODE]).parse_known_args(argv)[0].mode
     if asked in known:
         mode = known[asked]
         usage = f"python PIFA.py --mode {asked} [flags]"
@@ -60,10 +66,6 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad usage, 1 for a run that can't go on."""
-    argv = sys.argv[1:] if argv is None else argv
-    if HELP & set(argv):
-        print(help_text(argv), end="")
-        sys.exit(0)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     # of two libraries for a GPU, cuSOLVER factors tall matrices in a sixth of the time (H100, torch 2.11)
     os.environ.setdefault("TORCH_LINALG_PREFER_CUSOLVER", "1")
     try:
-        record = run(argv)
+        record = run(sys.argv[1:] if argv is None else argv)
     except (UsageError, RunError) as error:
         print(f"PIFA.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -58,7 +58,9 @@ class Shelf:
     @classmethod
     def of(cls, host_memory_gib: float | None, folder: Path) -> "Shelf":
         """With --host_memory's GiB as limit."""
-        return cls(None if host_memory_gib is None else int(host_memory_gib * GIB), folder)
+        if host_memory_gib is None or host_memory_gib == float("inf"):
+            return cls(None, folder)
+        return cls(int(host_memory_gib * GIB), folder)
 
     def room(self, size: int, device: torch.device) -> Empty:
         """How to make tensors that take `size` bytes together."""

@@ -11,21 +11,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from component.checkpoint.entries import kind_of
+from component.checkpoint.entries import kind_of, paid_for
 from component.compress.estimate import Machine
-from component.compress.job import read_calibration
+from component.compress.job import read_calibration, settings_in_record
 from component.compress.pipeline import Pipeline, check_method, planned
+from component.compress.recipe import choice_in_record
 from component.compress.settings import Settings
 from component.compress.task import Profiles, task_for
 from component.flow.means import Means
 from component.format.integration import PIFAConfig
 from component.modes import m, parser, shared
 from utils import report
+from utils.attention import repeat_heads
 from utils.errors import UsageError
 from utils.layers import HeldLayers
 from utils.placement import Shelf, free_bytes
 
-RECORD = "compression_record"  # attribute of a compressed model
+NOTE = "compression_record"  # attribute of a compressed model
+# flags of --mode m that mean nothing for a model in memory, and what does
+ELSEWHERE = {
+    "model": "the model itself is given",
+    "dtype": "convert the model with model.to(dtype) first",
+    "save_path": "save_model takes the folder",
+    "prefix": "save_model takes the folder",
+    "resume": "nothing is written that could be gone on with",
+}
 SAMPLE = 4096  # numbers from either end of a tensor that a fingerprint reads
 
 
@@ -43,74 +53,73 @@ def compress_model(
 
     density: fraction of the linears' numbers that is left once the factors are pivoted, in (0,1]. dataset: calibration
     text, a name or a path; None for WikiText-2, offline the Python reference. prune: how, see docs/flags.md. device:
-    what the work is done on, None for a GPU where there is one; the model ends where it was. flags: every other flag of
+    what the work is done on, None for a GPU where there is one. flags: every other flag of
     `--mode m` by its name, such as `model_seq_len=512, pruning_nsamples=16, reconstruct_nsamples=16, seed=3`.
 
-    The layers become LowRankLinear in the model's own dtype (W + M of PIFA, arXiv 2501.19090, its exact form).
+    The model is put into eval mode, without gradients; an error leaves it otherwise as it was, and where it was. The
+    layers become LowRankLinear in the model's own dtype (W + M of PIFA, arXiv 2501.19090, its exact form).
 
     Raises: UsageError for a flag, a text or a model that can't be; RunError where numbers stop being finite.
     """
-    given = {"density": density, "dataset": dataset, "prune": prune, "DEV": device, **flags}
-    home = next(model.parameters()).device
+    named = {"density": density, "dataset": dataset, "prune": prune, "DEV": device, **flags}
     model.eval().requires_grad_(False)
-    with plan_compression(model, tokenizer, **given) as pipeline:
+    with plan_compression(model, tokenizer, **named) as pipeline:
         recipe, tuned = pipeline.choose()
-        entries = pipeline.planner.entries(pipeline.planner.plan(recipe))
-        described = pipeline.task.described
-        for index, layer in pipeline.layers(recipe):
-            model.set_submodule(described[index].name, layer.cpu())
-    settings = pipeline.task.settings
-    model.config.quantization_config = PIFAConfig(entries)
+        design = pipeline.design(recipe)
+        layers = [layer.cpu() for _, layer in pipeline.layers(design)]
+    task, home = pipeline.task, next(model.parameters()).device
+    # all at once, now that nothing can fail any more
+    for described, layer in zip(task.described, layers, strict=True):
+        model.set_submodule(described.name, layer.to(home))
     record = {
-        **settings.as_json(),
-        "dataset": pipeline.task.text.dataset,
-        "kind": kind_of(entries),
-        "ranks_paid_for": settings.storage.name,
-        **({"tuned": tuned} if tuned else {}),
+        **settings_in_record(task.settings, task.text, config=model.config, dtype=task.dtype),
+        **choice_in_record(recipe, tuned),
+        "kind": kind_of(design.entries),
+        "ranks_paid_for": paid_for(design.entries, task.settings.storage),
     }
+    model.config.quantization_config = PIFAConfig(design.entries)
     note(model, record)
-    nn.Module.to(model, home)
     return model
 
 
 def note(model: PreTrainedModel, record: dict[str, Any]) -> None:
     """Keep what was done at the model, for the folder that it may be saved to."""
-    vars(model)[RECORD] = record
+    vars(model)[NOTE] = record
 
 
 def noted(model: PreTrainedModel) -> dict[str, Any] | None:
     """What was done to the model here; None for another one."""
-    return vars(model).get(RECORD)
+    return vars(model).get(NOTE)
 
 
 @contextlib.contextmanager
 def plan_compression(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **flags: Any) -> Iterator[Pipeline]:
     """A pipeline for the model: `layers(recipe)` makes compressed layers, `judge(recipe)` their held-out perplexity.
 
-    flags: of `--mode m`, by their names. The model stays as it is; it is on the CPU meanwhile, a layer at a time on
-    the device. The profile is kept in `profiling_mat_path`, or as long as the block runs.
+    flags: of `--mode m`, by their names. The model stays as it is. Inside the block it is on the CPU, a layer at a time
+    on the device. The profile is kept in `profiling_mat_path`, or as long as the block runs.
 
     Raises: UsageError for a flag, a text or a model that can't be.
     """
     options = options_of(flags)
     settings = settings_for(model, options)
     check_method(settings, processes=1)
+    text = read_calibration(settings, tokenizer)
     device = torch.device(options.DEV)
-    model.cpu()
-    with tempfile.TemporaryDirectory() as temporary:
-        profile = options.profiling_mat_path
+    with _on_cpu(model, device), tempfile.TemporaryDirectory() as temporary:
+        kept = options.profiling_mat_path
         profiles = Profiles(
             parent=Path(temporary),
             name="model",
-            weights=fingerprint(model) if profile else None,
-            folder=None if profile is None else Path(profile),
+            weights=sampled_hash(model) if kept else None,
+            folder=Path(kept) if kept else None,
         )
         source, shelf = HeldLayers(model), Shelf.of(options.host_memory, Path(temporary))
         task = task_for(
             settings,
             model,
             source,
-            text=read_calibration(settings, tokenizer),
+            text=text,
             machine=Machine(free_bytes(device), shelf.limit, report.resident_memory()),
             means=Means(device, source, shelf=shelf),
             dtype=model.dtype,
@@ -119,8 +128,26 @@ def plan_compression(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         yield planned(task)
 
 
+@contextlib.contextmanager
+def _on_cpu(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Inside, the model is on the CPU and attends as suits the device; then it is where it was, and as it was."""
+    home, attention = next(model.parameters()).device, model.config._attn_implementation
+    nn.Module.to(model, "cpu")
+    if device.type == "cuda":
+        repeat_heads(model)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        nn.Module.to(model, home)
+
+
 def options_of(flags: dict[str, Any]) -> parser.Options:
     """Checked flags of --mode m with their defaults. Raises: UsageError."""
+    useless = [f"{name}: {why}" for name, why in ELSEWHERE.items() if flags.get(name) is not None]
+    if useless:
+        raise UsageError(f"compress_model has no {useless[0]}")
     if isinstance(flags.get("dataset"), str):
         flags = {**flags, "dataset": [flags["dataset"]]}
     options = parser.from_keywords(m.FLAGS, flags)
@@ -139,7 +166,7 @@ def settings_for(model: nn.Module, options: parser.Options) -> Settings:
     return m.settings_of(options)
 
 
-def fingerprint(model: nn.Module) -> str:
+def sampled_hash(model: nn.Module) -> str:
     """sha256 of the names and shapes of all parameters, and of numbers from both ends of each."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():

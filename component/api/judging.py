@@ -20,10 +20,12 @@ def judge_model(
     """Perplexity on a text's test split: consecutive windows of `model_seq_len` tokens, the mean over all of them.
 
     dataset: a name or a path; None for WikiText-2, offline the Python reference. eval_nsamples: the first windows only,
-    None for all. eval_batch_size: windows of a forward pass. Returns (ppl, tokens, windows, tokens_per_second).
+    None for all. eval_batch_size: windows of a forward pass. The model is put into eval mode.
 
-    Raises: UsageError for a text that can't be had or is shorter than a window, RunError for a loss that is not finite.
+    Returns (ppl, tokens, windows, tokens_per_second). Raises: UsageError for a text that can't be had or is shorter
+    than a window, RunError for a loss that is not finite.
     """
     text: Any = data.read_text(dataset, "test")
+    model.eval()
     windows = data.consecutive_windows(data.tokenize(tokenizer, text.text), model_seq_len, eval_nsamples)
     return perplexity(model, windows, eval_batch_size)

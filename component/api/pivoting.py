@@ -25,14 +25,16 @@ def pivot_model(model: PreTrainedModel, *, device: str | None = None) -> PreTrai
     if not layers or config is None:
         raise UsageError("the model has no low-rank linears to pivot: compress_model makes them")
     for name, layer in tqdm(layers.items(), desc="pivot", unit="linear"):
-        pivoted = pivoted_linear(layer, name, device=device)
+        pivoted = _pivoted(layer, name, device=device)
         model.set_submodule(name, pivoted)
         config.layers[name].update(kind="pifa", rank=pivoted.pivot.weight.shape[0])
-    note(model, {**(noted(model) or {}), "kind": "pifa"})
+    record = noted(model)
+    if record is not None:
+        note(model, {**record, "kind": "pifa"})
     return model
 
 
-def pivoted_linear(layer: LowRankLinear, name: str = "linear", *, device: str | None = None) -> PIFALinear:
+def _pivoted(layer: LowRankLinear, name: str, *, device: str | None = None) -> PIFALinear:
     """The same function as pivots and coefficients. Raises: RunError, with `name`, for factors that are not finite."""
     u, v = (factor.weight.to(device) for factor in (layer.u, layer.v))
     pivoted = PIFALinear.from_pivots(*pivot(u, v, name), layer.bias, layer.u.weight.dtype)

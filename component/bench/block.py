@@ -22,7 +22,7 @@ from component.runner.stack import Stack
 
 KINDS = ("dense", "low-rank, same density", "PIFA here", "PIFA here, folded")
 STACKED_DENSE = "dense, stacked"
-AnyLinear = nn.Linear | LowRankLinear | PIFALinear
+AnyLayer = nn.Linear | LowRankLinear | PIFALinear
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -51,10 +51,10 @@ class MLPShape(NamedTuple):
         }  # fmt: skip
 
 
-def random_linear(kind: str, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> AnyLinear:
+def random_linear(kind: str, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> AnyLayer:
     """A linear of one of KINDS; a folded one has the identity for its perm. No gradients."""
     like: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
-    layer: AnyLinear
+    layer: AnyLayer
     if kind == "dense":
         layer = nn.utils.skip_init(nn.Linear, shape.d_in, shape.d_out, **like)
     elif kind.startswith("low-rank"):
@@ -132,14 +132,14 @@ def two_four_block(shape: MLPShape, *, dtype: torch.dtype, device: torch.device)
     )
 
 
-def _modules(kind: str, shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> list[AnyLinear]:
+def _modules(kind: str, shape: MLPShape, *, dtype: torch.dtype, device: torch.device) -> list[AnyLayer]:
     """gate, up and down; of a folded block, down's outputs go to the residual stream and are put in order."""
     kinds = (kind, kind, kind.removesuffix(", folded"))
     both = zip(kinds, (shape.into, shape.into, shape.out), strict=True)
     return [random_linear(one, size, dtype=dtype, device=device) for one, size in both]
 
 
-def _row(name: str, modules: list[AnyLinear], forward: Forward) -> Row:
+def _row(name: str, modules: list[AnyLayer], forward: Forward) -> Row:
     """A row of modules; what it stores are their tensors, though a stack may hold them in its own way."""
 
     def expected(x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _row(name: str, modules: list[AnyLinear], forward: Forward) -> Row:
     return Row(name, tensors, forward=forward, expected=expected, flops=flops)
 
 
-def _wide(module: AnyLinear) -> Forward:
+def _wide(module: AnyLayer) -> Forward:
     """The module in float64, by the plainest expressions."""
     if isinstance(module, PIFALinear):
         weight = torch.cat([module.pivot.weight.double(), module.coeff.weight.double() @ module.pivot.weight.double()])

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
 from component.bench import timing
 from component.bench.layer import Shape
 from component.bench.names import ALL, PARTS
 from component.bench.sections import SECTIONS, Result, Setting, Subject, limits_section, linear_shapes
+from component.checkpoint.names import ORIGINAL
 from component.checkpoint.reading import read_checkpoint
-from component.checkpoint.writer import check_target
+from component.checkpoint.writer import check_target, refuse_existing
 from utils import models, plots, report
 from utils.errors import UsageError
 from utils.plots import Panel
@@ -105,8 +105,7 @@ def measure(settings: BenchSettings) -> dict[str, Any]:
     parts = _parts(settings.what)
     subject = _subject(settings.model, settings.model_path, defaults)
     folder = Path(settings.save_path) / f"{settings.prefix}bench_{'-'.join(parts)}_{subject.name}_{device.type}"
-    if folder.exists():
-        raise UsageError(f"{folder} exists and nothing is ever overwritten: choose another --prefix, or move it away")
+    refuse_existing(folder, "choose another --prefix, or move it away")
     check_target(folder, "", False)
     shapes = _shapes(settings, subject, defaults)
     _check_sizes(shapes, settings.tokens or defaults.tokens, settings.density)
@@ -168,7 +167,7 @@ def _parts(what: str | None) -> tuple[str, ...]:
 
 def _subject(model: str | None, model_path: str | None, defaults: Defaults) -> Subject:
     """--model_path is measured itself; else --model lends its shapes, or a LLaMA that suits the device."""
-    if model_path not in (None, "original"):
+    if model_path not in (None, ORIGINAL):
         source = find_source(model_path)
         config = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
         density = None
@@ -181,7 +180,7 @@ def _subject(model: str | None, model_path: str | None, defaults: Defaults) -> S
     if model is None:
         return Subject(defaults.shapes, transformers.LlamaConfig(**defaults.config))
     source = find_source(model)
-    load = partial(_load, source) if model_path == "original" else None
+    load = partial(_load, source) if model_path == ORIGINAL else None
     return Subject(source.name, models.load_config(source), load=load)
 
 

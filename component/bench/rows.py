@@ -113,14 +113,14 @@ def _check(row: Row, x: Tensor, d_out: int) -> tuple[Row, float]:
     if row.refused:
         return row, math.nan
     try:
-        return row, relative_error(row, x, d_out)
+        return row, output_error(row, x, d_out)
     except (RuntimeError, RunError) as error:
         if not row.foreign:
             raise
         return replace(row, refused=f"failed: {str(error).strip().splitlines()[0]}"), math.nan
 
 
-def relative_error(row: Row, x: Tensor, d_out: int) -> float:
+def output_error(row: Row, x: Tensor, d_out: int) -> float:
     """Error of the first and last tokens' outputs against float64; x: (tokens, d_in).
 
     The memory that outputs take is filled with NaN first.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from component.channels.narrowing import narrow_plan
 from component.channels.parts import parts_of
 from component.channels.settings import InfluenceSettings
-from component.checkpoint.writer import check_target
+from component.checkpoint.writer import check_target, refuse_existing
 from component.flow.batches import windows_at_once
 from component.flow.modules import modules_of
 from component.ranks.sizes import Plan, numbers_of
@@ -71,8 +71,7 @@ def write_influence(path: Path, influence: list[float], settings: dict[str, Any]
 
 def check_new(path: Path) -> None:
     """Raises: UsageError where the file exists, or can't be made."""
-    if path.exists():
-        raise UsageError(f"{path} exists and nothing is ever overwritten: choose another --bi_score, or move it away")
+    refuse_existing(path, "choose another --bi_score, or move it away")
     check_target(path, "", False)
 
 

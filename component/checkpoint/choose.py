@@ -3,12 +3,11 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from component.checkpoint.reading import Checkpoint, newest_checkpoint, read_checkpoint
+from component.checkpoint.names import ORIGINAL
+from component.checkpoint.reading import MANIFEST, Checkpoint, newest_checkpoint, read_checkpoint
 from utils import models
 from utils.errors import UsageError
 from utils.sources import Source, find_source
-
-ORIGINAL = "original"  # the --model_path that names the model itself
 
 
 def find_checkpoint(
@@ -52,6 +51,11 @@ def find_model(model: str, model_path: str | None, save_path: Path) -> Source:
     checkpoint = find_checkpoint(model_path, save_path)
     checkpoint.verify()
     return model_in(checkpoint)
+
+
+def is_compressed(source: Source) -> bool:
+    """Whether it is a folder of this tool, not a model as others have it."""
+    return (Path(source.location) / MANIFEST).is_file()
 
 
 def model_in(checkpoint: Checkpoint) -> Source:

@@ -83,10 +83,12 @@ def stored_as(entry: dict[str, Any], storage: StorageFormat) -> int:
     return math.prod(stored_shape(entry))
 
 
-def densities(folder: Path, entries: dict[str, dict[str, Any]], *, ranks_paid_for: str, asked: float) -> dict[str, Any]:
+def densities(
+    folder: Path, entries: dict[str, dict[str, Any]], *, ranks_paid_for: str, asked: float | None
+) -> dict[str, Any]:
     """The densities of a record, counted from the tensors on disk; density_pivoted from the ranks.
 
-    ranks_paid_for: the form of storage whose density was asked for; asked: that density.
+    ranks_paid_for: the form of storage whose density was asked for; asked: that density, None where it is not known.
     """
     counts = count_numbers(folder, entries)
     pivoted = sum(stored_as(entry, PIVOTED) for entry in entries.values())

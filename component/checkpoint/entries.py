@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from component.format.integration import made_of
 from component.ranks.budget import Module
+from component.ranks.cost import StorageFormat
 from component.ranks.sizes import Plan, Rank
 from utils.layers import DecoderLayer
 
@@ -23,9 +24,9 @@ def load_layer(layer: nn.Module, described: DecoderLayer, entries: Entries, *, t
     layer.requires_grad_(False)
 
 
-def layer_entries(modules: Sequence[Module], plan: Plan) -> dict[str, dict[str, Any]]:
+def layer_entries(modules: Sequence[Module], plan: Plan) -> Entries:
     """The `layers` of the quantization config; a linear with fewer channels is as if dense (see narrow_entries)."""
-    entries: dict[str, dict[str, Any]] = {}
+    entries: Entries = {}
     for module in modules:
         size = plan[module.name]
         entries[module.name] = {
@@ -43,13 +44,18 @@ def kept_of(entry: dict[str, Any]) -> int | None:
     return next((entry[name] for name in names if name in entry), None)
 
 
-def kind_of(entries: dict[str, dict[str, Any]]) -> str:
+def kind_of(entries: Entries) -> str:
     """What --mode m calls a checkpoint: "narrow" where channels are gone and no linear has factors, else "lowrank"."""
     factored = any(entry["kind"] == "lowrank" for entry in entries.values())
     return "narrow" if is_narrow(entries) and not factored else "lowrank"
 
 
-def is_narrow(entries: dict[str, dict[str, Any]]) -> bool:
+def paid_for(entries: Entries, storage: StorageFormat) -> str:
+    """Name of the form that the density was asked for in: whole channels, or factors in `storage`."""
+    return "channels" if kind_of(entries) == "narrow" else storage.name
+
+
+def is_narrow(entries: Entries) -> bool:
     """Whether any linear has fewer channels than in the dense model."""
     return any(stored_shape(entry) != (entry["out_features"], entry["in_features"]) for entry in entries.values())
 

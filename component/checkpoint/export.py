@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
-from component.checkpoint.reading import MANIFEST, read_checkpoint
-from component.checkpoint.writer import check_target
+from component.checkpoint.choose import is_compressed
+from component.checkpoint.reading import read_checkpoint
+from component.checkpoint.writer import check_target, refuse_existing
 from utils import gguf_writer, models
-from utils.errors import UsageError
 from utils.sources import Source
 
 
@@ -32,11 +31,10 @@ def export(source: Source, target: Path, *, name: str, as_gguf: bool, dtype: str
 
     Raises: UsageError where the target exists, or the model or its tokenizer has no faithful form in the format.
     """
-    if target.exists():
-        raise UsageError(f"{target} exists and nothing is ever overwritten: move it away or give a --prefix")
+    refuse_existing(target, "move it away or give a --prefix")
     check_target(target, "", False)
     tokenizer = models.load_tokenizer(source)
-    compressed = (Path(source.location) / MANIFEST).is_file()
+    compressed = is_compressed(source)
     record = read_checkpoint(source.location).record if compressed else {}
     config = transformers.AutoConfig.from_pretrained(source.location) if compressed else models.load_config(source)
     written = dtype or record.get("dtype") or models.default_dtype_name(source, config, torch.device("cpu"))

@@ -13,18 +13,19 @@ from torch import nn
 from component.checkpoint import reading as files
 from component.checkpoint.carried import files_beside, folder_config, rest_of
 from component.checkpoint.counting import densities
-from component.checkpoint.entries import kind_of, load_layer
+from component.checkpoint.entries import kind_of, load_layer, paid_for
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.estimate import Machine
 from component.compress.job import Job, Place, prepare
-from component.compress.pipeline import Pipeline, check_method, planned
-from component.compress.recipe import Recipe, as_json
+from component.compress.pipeline import Design, Pipeline, check_method, planned
+from component.compress.recipe import Recipe, as_json, choice_in_record
 from component.compress.settings import Settings
 from component.compress.task import Profiles, Task, task_for
 from component.flow.means import Means
 from component.flow.team import Team, team_for
-from component.ranks.plan import Plan, plan_as_json
+from component.ranks.plan import plan_as_json
 from utils import report
+from utils.attention import repeat_heads
 from utils.endings import one_line_endings
 from utils.placement import Shelf, free_bytes, wake
 from utils.source_weights import open_model
@@ -76,29 +77,35 @@ def _compress(job: Job, writer: CheckpointWriter | None, *, watch: report.Stopwa
     if choice is None:
         recipe, tuned = pipeline.choose()
         choice = {"recipe": as_json(recipe), "tuned": tuned}
-    if writer:
-        writer.settle(choice)
     recipe = Recipe(**choice["recipe"])
-    plan = pipeline.planner.plan(recipe)
-    entries = pipeline.planner.entries(plan)
-    layer_seconds = _write_layers(job, pipeline, recipe=recipe, writer=writer, watch=watch)
+    design = pipeline.design(recipe)
+    if writer:
+        writer.settle(choice)  # from here on the folder outlives a run that ends; a plan that can't be leaves none
+    layer_seconds = _write_layers(job, pipeline, design=design, writer=writer, watch=watch)
     if writer is None:
         return {}
     if not writer.finished(files.REST):
         writer.write_behind(files.REST, rest_of(task.model, task.described))
-    _describe(job, task, plan=plan, entries=entries, writer=writer)
-    kind = kind_of(entries)
-    storage = "channels" if kind == "narrow" else job.settings.storage.name
+    _describe(job, task, design=design, writer=writer)
     return writer.seal(
         {
-            **record_of(job, recipe, choice["tuned"]),
+            "mode": "m",
+            "command": job.place.command,
+            "path": str(job.folder),
+            **job.identity.settings,
+            **choice_in_record(recipe, choice["tuned"]),
             **({"processes": team.size} if team.size > 1 else {}),
             "profile_seconds": round(profiled - loaded, 3),
             "layer_seconds": layer_seconds,
             **watch.readings(),
-            **densities(job.folder, entries, ranks_paid_for=storage, asked=job.settings.density),
-            "kind": kind,
-            "ranks": {module.name: plan[module.name].number for module in task.modules},
+            **densities(
+                job.folder,
+                design.entries,
+                ranks_paid_for=paid_for(design.entries, job.settings.storage),
+                asked=job.settings.density,
+            ),
+            "kind": kind_of(design.entries),
+            "ranks": {module.name: design.plan[module.name].number for module in task.modules},
             "device": report.device_name(watch.device),
             "versions": report.versions(),
         }
@@ -111,6 +118,8 @@ def open_task(job: Job, *, device: torch.device, team: Team) -> Task:
     wake(device)
     machine = Machine(free_bytes(device), shelf.limit, report.resident_memory())
     model, source = open_model(job.source, job.dtype)
+    if device.type == "cuda":
+        repeat_heads(model)
     profiles = Profiles(
         parent=job.place.save_path, name=job.source.name, weights=job.identity.weights, folder=job.place.profile
     )
@@ -127,23 +136,22 @@ def open_task(job: Job, *, device: torch.device, team: Team) -> Task:
 
 
 def _write_layers(
-    job: Job, pipeline: Pipeline, *, recipe: Recipe, writer: CheckpointWriter | None, watch: report.Stopwatch
+    job: Job, pipeline: Pipeline, *, design: Design, writer: CheckpointWriter | None, watch: report.Stopwatch
 ) -> list[float]:
     """Make every layer that is not there yet, or read it; the seconds of those that this run has solved."""
     described, team = pipeline.task.described, pipeline.task.means.team
-    entries = pipeline.planner.entries(pipeline.planner.plan(recipe))
     shards = [files.layer_shard(index) for index in range(len(described))]
     done = team.agreed(writer and {shard for shard in shards if writer.finished(shard)})
 
     def finished(index: int, layer: nn.Module) -> bool:
         if shards[index] in done:
             tensors = files.open_shard(job.folder / shards[index])
-            load_layer(layer, described[index], entries, tensors=tensors)
+            load_layer(layer, described[index], design.entries, tensors=tensors)
         return shards[index] in done
 
     layer_seconds: list[float] = []
     before = watch.seconds()
-    for index, layer in pipeline.layers(recipe, finished):
+    for index, layer in pipeline.layers(design, finished):
         if shards[index] not in done:
             if writer:
                 tensors = {f"{described[index].name}.{key}": t for key, t in layer.state_dict().items()}
@@ -156,26 +164,9 @@ def _write_layers(
     return layer_seconds
 
 
-def _describe(
-    job: Job, task: Task, *, plan: Plan, entries: dict[str, dict[str, Any]], writer: CheckpointWriter
-) -> None:
+def _describe(job: Job, task: Task, *, design: Design, writer: CheckpointWriter) -> None:
     """Write what stands beside the shards: config, tokenizer, loader files, the plan."""
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary) / "plan.json", plan_as_json(plan))
+        write_json(Path(temporary) / "plan.json", plan_as_json(design.plan))
         beside = files_beside(Path(temporary), task.model, job.tokenizer)
-        writer.describe(folder_config(task.model, job.dtype, entries), beside)
-
-
-def record_of(job: Job, recipe: Recipe, tuned: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of the record that says what was done: the flags, and of what was chosen the choice."""
-    constants = as_json(recipe)
-    attention = constants.pop("attention_density")
-    return {
-        "mode": "m",
-        "command": job.place.command,
-        "path": str(job.folder),
-        **job.identity.settings,
-        **constants,
-        "attn_ratio": None if attention is None else round(1 - attention, 12),
-        **({"tuned": tuned} if tuned else {}),
-    }
+        writer.describe(folder_config(task.model, job.dtype, design.entries), beside)

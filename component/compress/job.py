@@ -108,7 +108,21 @@ def identity_of(
     dtype: torch.dtype,
 ) -> Identity:
     """Everything that decides the bytes of the checkpoint, and its hash."""
-    known = {
+    known = settings_in_record(settings, text, config=config, dtype=dtype)
+    weights = fingerprint(source)
+    decisive = {**known, "weights": weights}
+    if settings.bi_score:
+        decisive["influence"] = sha256(Path(settings.bi_score))
+    if Path(settings.allocation).is_file():
+        decisive["plan"] = sha256(Path(settings.allocation))
+    return Identity(settings=known, weights=weights, hash=hash_of(decisive))
+
+
+def settings_in_record(
+    settings: Settings, text: CalibrationWindows, *, config: transformers.PretrainedConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The settings, and what came of those that say where to look: the text, its windows, the model's revision."""
+    return {
         **settings.as_json(),
         "revision": getattr(config, "_commit_hash", None),
         "dataset": text.dataset,
@@ -117,10 +131,3 @@ def identity_of(
         "heldout_sha256": hash_of(text.held_out.tolist()),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    weights = fingerprint(source)
-    decisive = {**known, "weights": weights}
-    if settings.bi_score:
-        decisive["influence"] = sha256(Path(settings.bi_score))
-    if Path(settings.allocation).is_file():
-        decisive["plan"] = sha256(Path(settings.allocation))
-    return Identity(settings=known, weights=weights, hash=hash_of(decisive))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from component.checkpoint.entries import Entries
 from component.compress.auto_planner import AutoPlanner, check_auto
 from component.compress.channel_planner import channel_planner, check_narrow
 from component.compress.factor_planner import factor_planner
@@ -15,8 +16,18 @@ from component.compress.recipe import Recipe, candidates, choose_recipe, tunable
 from component.compress.settings import Settings
 from component.compress.task import Task
 from component.flow.streaming import Compression, Refinement, compress_layers
+from component.ranks.sizes import Plan
 from component.solve.names import AUTO, NARROWING
 from utils.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a recipe comes to: the plan, and the `layers` of the quantization config."""
+
+    recipe: Recipe
+    plan: Plan
+    entries: Entries
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,15 @@ class Pipeline:
     task: Task
     planner: Planner
 
+    def design(self, recipe: Recipe) -> Design:
+        """Raises: UsageError where the density pays for no such plan."""
+        plan = self.planner.plan(recipe)
+        return Design(recipe, plan, self.planner.entries(plan))
+
     def layers(
-        self, recipe: Recipe, finished: Callable[[int, nn.Module], bool] = lambda index, layer: False
+        self, design: Design, finished: Callable[[int, nn.Module], bool] = lambda index, layer: False
     ) -> Iterator[tuple[int, nn.Module]]:
-        """Yield (index, layer) for every decoder layer, compressed by the recipe. The model stays as it was.
+        """Yield (index, layer) for every decoder layer, as designed. The model stays as it was.
 
         finished: may fill a layer from an earlier run, see compress_layers.
         """
@@ -40,10 +56,10 @@ class Pipeline:
             ratio = settings.drift_factor
             refinement = Refinement(steps=settings.refine_steps, drift_ratio=ratio, seed=settings.seed)
         compression = Compression(
-            self.planner.plan(recipe),
-            self.planner.solver(recipe),
+            design.plan,
+            self.planner.solver(design.recipe),
             dtype=task.dtype,
-            layer_solver=self.planner.layer_solver(recipe),
+            layer_solver=self.planner.layer_solver(design.recipe),
             refinement=refinement,
         )
         return compress_layers(
@@ -53,7 +69,7 @@ class Pipeline:
     def judge(self, recipe: Recipe) -> float:
         """Perplexity on the held-out windows of the model that the recipe makes."""
         means = self.task.means
-        layers = self.layers(recipe)
+        layers = self.layers(self.design(recipe))
         found = held_out_perplexity(
             self.task.model, layers, self.task.text.held_out, device=means.device, batch=means.batch
         )

@@ -69,4 +69,4 @@ def _folder(task: Task, identity: str, draft: Draft | None) -> Path:
     kept = task.profiles
     if kept.folder is None:
         return kept.parent / f"profile_{kept.name}_{identity[:8]}"
-    return kept.folder.with_name(kept.folder.name + (draft.suffix if draft else ""))
+    return Path(f"{kept.folder}{draft.suffix if draft else ''}")

@@ -52,11 +52,6 @@ def tunable(reconstruct_step: int | None, allocation: str) -> list[str]:
     return [name for name in VALUES if name not in without]
 
 
-def searches_attention(allocation: str, attn_ratio: float | None) -> bool:
-    """Whether the density of attention is left to held-out text."""
-    return allocation == "type" and attn_ratio is None
-
-
 def candidates(start: Recipe, names: Sequence[str], count: int) -> list[Recipe]:
     """At most `count` recipes: the start, then those with one of the named constants changed, then with two."""
     rows = zip(*(VALUES[name] for name in names), strict=True)  # the first values of all constants, then the second
@@ -92,6 +87,14 @@ def choose_recipe(
 def as_json(recipe: Recipe) -> dict[str, Any]:
     """The recipe by name; its form only where it has one."""
     return {name: value for name, value in asdict(recipe).items() if (name, value) != ("form", None)}
+
+
+def choice_in_record(recipe: Recipe, tuned: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a record says of the choice: the constants, --attn_ratio as it came out, and all that were judged."""
+    constants = as_json(recipe)
+    attention = constants.pop("attention_density")
+    ratio = None if attention is None else round(1 - attention, 12)
+    return {**constants, "attn_ratio": ratio, **({"tuned": tuned} if tuned else {})}
 
 
 def _said(recipe: Recipe) -> list[str]:

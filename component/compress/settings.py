@@ -7,7 +7,7 @@ a run is gone on with where it is the same.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from component.compress.recipe import Recipe, searches_attention
+from component.compress.recipe import Recipe
 from component.ranks.budget import RANK_FLOOR
 from component.ranks.cost import LOW_RANK, PIVOTED, StorageFormat
 from component.solve.names import AUTO
@@ -59,7 +59,8 @@ class Settings:
 
     @property
     def searches_attention(self) -> bool:
-        return searches_attention(self.allocation, self.attn_ratio)
+        """Whether the density of attention is left to held-out text."""
+        return self.allocation == "type" and self.attn_ratio is None
 
     @property
     def judges(self) -> bool:

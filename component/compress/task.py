@@ -17,7 +17,6 @@ from component.flow.modules import modules_of
 from component.ranks.allocation import ALLOCATIONS, mlp_density, uniform
 from component.ranks.budget import Budget, Module
 from component.solve.names import NARROWING
-from utils.attention import repeat_heads
 from utils.data import CalibrationWindows
 from utils.layers import DecoderLayer, HeldLayers, LayerSource, describe_layers
 
@@ -67,8 +66,6 @@ def task_for(
 
     means: without the numbers of batches, which are found here. Raises: UsageError for a density that no ranks fit.
     """
-    if means.device.type == "cuda":
-        repeat_heads(model)
     described = describe_layers(model, source)
     modules = modules_of(model, described)
     if settings.prune != NARROWING:

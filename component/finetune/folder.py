@@ -9,6 +9,7 @@ from torch import Tensor
 from component.checkpoint import reading as files
 from component.checkpoint.choose import find_checkpoint, model_in
 from component.checkpoint.derive import Derivation
+from component.checkpoint.names import ORIGINAL
 from component.checkpoint.reading import Checkpoint
 from component.checkpoint.writer import CheckpointWriter
 from component.finetune import data as rows_of
@@ -90,7 +91,7 @@ def find_teacher(name: str | None, source: Checkpoint) -> Source | None:
     """`original` is what the checkpoint was made from. Raises: UsageError where it has other words."""
     if name is None:
         return None
-    teacher = find_source(source.record["model"] if name == "original" else name)
+    teacher = find_source(source.record["model"] if name == ORIGINAL else name)
     words, known = models.load_config(teacher).vocab_size, source.config["vocab_size"]
     if words != known:
         raise UsageError(f"--teacher {name} has {words} words and {source.folder} {known}: it can't teach that")

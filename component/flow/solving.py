@@ -115,6 +115,7 @@ def solve_layer(
             for number, name in enumerate(group):
                 if isinstance(plan[name], Rank):
                     _replace(layer, name, team.factors(solved.get(name), number % team.size, layer.device))
+            del moments, solved  # the next group needs their room
         # what has gone through a stand-in is not what the finished layer gives, to the last bit
         for passes, parts in zip((dense_flow, flow), batches[:1] if finished else batches, strict=False):
             for part, output in zip(parts, passes.outputs(), strict=True):

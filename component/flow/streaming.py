@@ -121,7 +121,7 @@ def _refine(layer: LayerAtWork, refinement: Refinement, before: Tensor, *, batch
     """
     behind, after = layer.states
     assert after is not None
-    targets = after  # nobody looks at what it holds any more
+    targets = after  # its values are not needed again
     targets.copy_(before)
     advance(layer.dense, targets, layer.keywords, batch=batch)
     targets.lerp_(behind, refinement.drift_ratio)

@@ -41,12 +41,12 @@ FLAGS = (
         shown="1 16 2048 65536, block also 16384, on a CPU 1 256",
     ),
     Flag(
-        "bench_seconds", "Seconds of a comparison; 8 rounds at least.", MEASURES, kind=float,
+        "bench_seconds", "Seconds that a comparison takes; at least 8 rounds are run.", MEASURES, kind=float,
         shown="2, on a CPU 0.5", check=some_time,
     ),
     replace(shared.SEED, help="Seed of the random weights and inputs.", group=MEASURES),
     shared.DEV,
-    shared.DTYPE,
+    replace(shared.DTYPE, shown="float16 on a GPU; float32 and bfloat16 on a CPU"),
 )  # fmt: skip
 
 

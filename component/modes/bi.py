@@ -16,20 +16,23 @@ FLAGS = (
     shared.DENSITY,
     replace(shared.BI_SCORE, help="JSON file that is written.", shown="<name>-bi.json under --save_path"),
     shared.DATASET,
-    shared.MODEL_SEQ_LEN,
-    replace(shared.RECONSTRUCT_NSAMPLES, help="Windows that the influence is measured on."),
+    replace(shared.MODEL_SEQ_LEN, default=shared.by_device(512, 2048, announced=False)),
+    replace(
+        shared.RECONSTRUCT_NSAMPLES, help="Windows that the influence is measured on.",
+        default=shared.by_device(16, 128, announced=False),
+    ),
     shared.HELDOUT_NSAMPLES,
     shared.SEED,
     shared.DEV,
     shared.DTYPE,
-)
+)  # fmt: skip
 
 
 def check(options: Options) -> None:
     """Raises: UsageError for a text or a model that can't be."""
     shared.fill_density(options)
     shared.one_text(options)
-    shared.check_model(options)
+    shared.check_source(options)
 
 
 def settings_of(options: Options) -> InfluenceSettings:

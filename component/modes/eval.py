@@ -14,7 +14,7 @@ REQUIREMENTS = "requirements-eval.txt"
 SUMMARY = "Judge a model on tasks of the lm-evaluation-harness."
 TASKS = "tasks"
 FLAGS = (
-    shared.MODEL,
+    shared.SUBJECT,
     shared.MODEL_PATH,
     shared.SAVE_PATH,
     Flag("tasks", "Names of tasks, such as arc_easy piqa.", TASKS, several=True, metavar="TASK"),
@@ -32,9 +32,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a model that is not there."""
-    shared.check_subject(options)
+check = shared.check_subject
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """--mode export: a checkpoint as the dense model that it computes, for tools that do not know the format."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from component.modes.parser import Flag, Options
 
 SUMMARY = "Write a checkpoint as a dense model, as a folder or as GGUF."
 FLAGS = (
-    shared.MODEL,
+    shared.SUBJECT,
     shared.MODEL_PATH,
     shared.SAVE_PATH,
     shared.PREFIX,
@@ -18,13 +17,11 @@ FLAGS = (
         "format", "Dense transformers folder, or one GGUF file.", "export", default="transformers", choices=FORMATS
     ),
     shared.DTYPE,
-    replace(shared.SEED, help="Seed that the record names; nothing is drawn.", group=shared.MACHINE),
+    shared.UNUSED_SEED,
 )  # fmt: skip
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a model that is not there."""
-    shared.check_subject(options)
+check = shared.check_subject
 
 
 def run(options: Options) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """--mode finetune: trains the factors of a checkpoint on text, and writes a checkpoint of the same format."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
 from component.finetune.names import COMPUTE_DTYPES, ORDERS, SELF
 from component.finetune.settings import Settings
 from component.modes import shared
-from component.modes.parser import Flag, Options, at_least
+from component.modes.parser import Flag, Options, above_zero, at_least, within
 from component.modes.request import request_of
-from utils.errors import UsageError, check_choice
+from utils.errors import UsageError
 
 SUMMARY = "Train the factors of a checkpoint on text or on a teacher."
 DATA, ADAPTERS, TRAINING = "data", "adapters (--order sequential and joint)", "training"
@@ -23,39 +22,55 @@ FLAGS = (
         "NAME:0.02 gives a share.", DATA, several=True, shown="wikitext2:0.02 c4:0.98 with --order full",
         metavar="TEXT",
     ),
-    Flag("cutoff_len", "Tokens of a row.", DATA, kind=int, shown="256; full: 1024"),
+    Flag("cutoff_len", "Tokens of a row.", DATA, kind=int, shown="256; full: 1024", check=at_least(2)),
     Flag(
         "order", "What is trained: adapters on U and then on V (sequential), on both (joint), or all factors (full).",
         TRAINING, shown="sequential", choices=ORDERS,
     ),
     Flag(
-        "teacher", "Model whose distributions are learned in place of the text's next words: a model, or `original`.",
-        TRAINING, metavar="MODEL",
+        "teacher",
+        "Model to learn from in place of the text's next words; `original`: the one that the checkpoint was made "
+        "from.", TRAINING, metavar="MODEL",
     ),
-    Flag("num_epochs", "Passes over the data in each stage.", TRAINING, kind=float, shown="2; full: by --max_steps"),
-    Flag("max_steps", "Steps of each stage.", TRAINING, kind=int, shown="by --num_epochs; full: 1000"),
+    Flag(
+        "num_epochs", "Passes over the data in each stage.", TRAINING, kind=float, shown="2; full: by --max_steps",
+        check=above_zero,
+    ),
+    Flag(
+        "max_steps", "Steps of each stage.", TRAINING, kind=int, shown="by --num_epochs; full: 1000",
+        check=at_least(1),
+    ),
     Flag(
         "learning_rate", "Learning rate after warm-up; it falls linearly.", TRAINING, kind=float,
-        shown="1e-4; full: 3e-6",
+        shown="1e-4; full: 3e-6", check=above_zero,
     ),
-    Flag("warmup_ratio", "Fraction of the steps that warm up.", TRAINING, kind=float, shown="0.05"),
-    Flag("batch_size", "Rows of a step.", TRAINING, kind=int, shown="64; full: 128"),
-    Flag("micro_batch_size", "Rows of a forward pass.", TRAINING, kind=int, shown="4; full: 1"),
     Flag(
-        "compute_dtype", "Number type of the forward pass: float32 or bfloat16.", TRAINING,
-        shown="bfloat16 on a GPU, else float32", metavar="TYPE",
+        "warmup_ratio", "Fraction of the steps that warm up.", TRAINING, kind=float, shown="0.05",
+        check=within("[0", "1)"),
+    ),
+    Flag("batch_size", "Rows of a step.", TRAINING, kind=int, shown="64; full: 128", check=at_least(1)),
+    Flag("micro_batch_size", "Rows of a forward pass.", TRAINING, kind=int, shown="4; full: 1", check=at_least(1)),
+    Flag(
+        "compute_dtype", "Number type of the forward pass.", TRAINING, shown="bfloat16 on a GPU, else float32",
+        choices=COMPUTE_DTYPES,
     ),
     Flag(
         "gradient_checkpointing", "Compute activations twice: less memory, a third more time.", TRAINING, kind=bool,
         default=False,
     ),
     Flag(
-        "save_steps", "Steps between the states that --resume goes on from; 0 keeps none.", TRAINING, kind=int,
+        "save_steps", "Steps after which the training state is saved for --resume; 0: never.", TRAINING, kind=int,
         default=100, check=at_least(0),
     ),
-    Flag("lora_r", "Rank of the adapters.", ADAPTERS, kind=int, shown="8"),
-    Flag("lora_alpha", "Scale of the adapters times their rank.", ADAPTERS, kind=float, shown="16"),
-    Flag("lora_dropout", "Dropout of the adapters' input.", ADAPTERS, kind=float, shown="0.05"),
+    Flag("lora_r", "Rank of the adapters.", ADAPTERS, kind=int, shown="8", check=at_least(1)),
+    Flag(
+        "lora_alpha", "Numerator of the adapters' scale, lora_alpha / lora_r.", ADAPTERS, kind=float, shown="16",
+        check=above_zero,
+    ),
+    Flag(
+        "lora_dropout", "Dropout of the adapters' input.", ADAPTERS, kind=float, shown="0.05",
+        check=within("[0", "1)"),
+    ),
     replace(shared.SEED, help="Seed of the draws of rows, of dropout and of new adapters.", group=TRAINING),
     shared.DEV,
     shared.DTYPE,
@@ -82,16 +97,12 @@ FULL: dict[str, Any] = {
 BOTH: dict[str, Any] = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "warmup_ratio": 0.05}
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a folder that is not there."""
-    if options.model_path != shared.ORIGINAL:
-        shared.check_subject(options)
+check = shared.check_folder
 
 
 def settings_of(options: Options) -> Settings:
     """The flags, with the defaults of the order that was asked for. Raises: UsageError for a value that can't be."""
     order = "sequential" if options.order is None else options.order
-    check_choice("--order", order, ORDERS)
     flags = vars(options)
     values = {
         name: default if flags[name] is None else flags[name]
@@ -111,7 +122,11 @@ def settings_of(options: Options) -> Settings:
     writes = any(entry == SELF or entry.startswith(f"{SELF}:") for entry in values["data_path"])
     if writes and (options.teacher is None or values["max_steps"] is None):
         raise UsageError(f"--data_path {SELF} is what a --teacher writes, for as long as --max_steps says: give both")
-    settings = Settings(
+    if values["micro_batch_size"] > values["batch_size"]:
+        raise UsageError(
+            f"--micro_batch_size {values['micro_batch_size']} is above --batch_size {values['batch_size']}"
+        )
+    return Settings(
         request=request_of(options, prefix=options.prefix),
         order=order,
         seed=options.seed,
@@ -120,26 +135,6 @@ def settings_of(options: Options) -> Settings:
         save_steps=options.save_steps,
         **values,
     )
-    _check(settings)
-    return settings
-
-
-def _check(settings: Settings) -> None:
-    least = {"lora_r": 1, "max_steps": 1, "batch_size": 1, "micro_batch_size": 1, "cutoff_len": 2}
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < bound:
-            raise UsageError(f"--{name} {value} is below {bound}")
-    for name in ("num_epochs", "learning_rate", "lora_alpha"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"--{name} {value:g} is no number above 0")
-    for name in ("warmup_ratio", "lora_dropout"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise UsageError(f"--{name} {getattr(settings, name):g} is outside [0,1)")
-    if settings.micro_batch_size > settings.batch_size:
-        raise UsageError(f"--micro_batch_size {settings.micro_batch_size} is above --batch_size {settings.batch_size}")
-    check_choice("--compute_dtype", settings.compute_dtype, COMPUTE_DTYPES)
 
 
 def run(options: Options) -> dict[str, Any]:

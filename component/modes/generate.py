@@ -9,7 +9,7 @@ from component.modes.parser import Flag, Options, at_least, from_zero
 SUMMARY = "Continue a text, or answer a chat."
 TEXT = "text"
 FLAGS = (
-    shared.MODEL,
+    shared.SUBJECT,
     shared.MODEL_PATH,
     shared.SAVE_PATH,
     Flag(
@@ -36,9 +36,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a model that is not there."""
-    shared.check_subject(options)
+check = shared.check_subject
 
 
 def run(options: Options) -> dict[str, Any]:

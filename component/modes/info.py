@@ -11,21 +11,26 @@ if TYPE_CHECKING:
     from utils.sources import Source
 
 SUMMARY = "Show what a checkpoint is made of, and how it was made."
-FLAGS = (shared.MODEL, shared.MODEL_PATH, shared.SAVE_PATH, shared.PREFIX, shared.DEV, shared.DTYPE)
+FLAGS = (
+    shared.SUBJECT,
+    shared.MODEL_PATH,
+    shared.SAVE_PATH,
+    shared.PREFIX,
+    shared.UNUSED_SEED,
+    shared.DEV,
+    shared.DTYPE,
+)
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a model that is not there."""
-    shared.check_subject(options)
+check = shared.check_subject
 
 
 def run(options: Options) -> dict[str, Any]:
     """Print tables of the checkpoint at --model_path, and draw its densities; returns the result record."""
     import torch
 
-    from component.checkpoint.choose import find_model
+    from component.checkpoint.choose import find_model, is_compressed
     from component.checkpoint.info import draw, stored_contents, tables_of
-    from component.modes.subject import is_compressed
     from utils.report import Stopwatch
 
     watch = Stopwatch(torch.device(options.DEV))
@@ -39,7 +44,7 @@ def run(options: Options) -> dict[str, Any]:
         "command": options.command,
         "model": contents.record.get("model", options.model),
         "dataset": contents.record.get("dataset"),
-        "path": source.location if compressed else "original",
+        "path": source.location if compressed else shared.ORIGINAL,
         "dtype": contents.record.get("dtype", options.dtype),
         "seed": options.seed,
         **contents.summary(),

@@ -12,8 +12,8 @@ from component.ranks.allocation import ALLOCATIONS
 from component.solve.names import EXACT, NARROWING, PLAIN, PRUNERS, TUNED, default_step
 from utils.errors import UsageError
 
-SUMMARY = "Compress a dense model into low-rank factors."
-METHOD, RANKS = "method", "ranks"
+SUMMARY = "Compress a dense model by low-rank factors, or by fewer channels."
+SOLVING, RANKS = "method", "ranks"
 MOST_PROFILED = 64  # windows: the profile keeps the hidden states of every layer
 
 
@@ -31,8 +31,9 @@ FLAGS = (
     shared.OVERALL_RATIO,
     shared.DENSITY,
     Flag(
-        "attn_ratio", "Fraction removed in attention, in [0,1); the MLP balances it. Selects --allocation type.",
-        shared.SIZE, kind=float, metavar="RATIO", check=within("[0", "1)", shared.REMOVED),
+        "attn_ratio",
+        "Fraction removed from attention, in [0,1); the MLP is cut so that the whole meets the ratio. Selects "
+        "--allocation type.", shared.SIZE, kind=float, metavar="RATIO", check=within("[0", "1)", shared.REMOVED),
     ),
     Flag(
         "allocation", f"How ranks are shared out: {', '.join(ALLOCATIONS)}, or a plan's .json file.", RANKS,
@@ -40,42 +41,48 @@ FLAGS = (
     ),
     Flag("owl", "Select --allocation owl; with --attn_ratio the paper's MPIFA_NS.", RANKS, kind=bool, default=False),
     Flag(
-        "rank_multiple", "Number that ranks are multiples of, where they reach it.", RANKS, kind=int, default=1,
-        check=at_least(1),
-    ),
-    Flag("use_pifa", "Pay for ranks what pivoted storage costs.", RANKS, kind=bool, default=True, negatable=True),
-    Flag(
-        "prune", "Factors by svd-llm, svd or asvd; fewer channels by flatllm; the better of both, by block, by auto.",
-        METHOD, default="svd-llm", choices=PRUNERS,
+        "rank_multiple", "Number that ranks are rounded down to multiples of; smaller ranks stay as they are.", RANKS,
+        kind=int, default=1, check=at_least(1),
     ),
     Flag(
-        "reconstruct_step", "Reconstruction: 0 none, 1 U, 2 U then V, -1 V.", METHOD, kind=int,
-        shown="exact M; 0 for svd, asvd and flatllm", choices=(0, 1, 2, -1),
-    ),
-    replace(shared.OLD_OUTPUT_FACTOR, group=METHOD),
-    replace(shared.DRIFT_FACTOR, group=METHOD, shown="0.5 with exact M, else 0"),
-    Flag(
-        "output_shrinkage", "Shrinkage, in (0,1], of the gradients that weigh output errors; 1 weighs all alike.",
-        METHOD, kind=float, shown="0.1 with exact M, else 1", check=within("(0", "1]"),
+        "use_pifa", "Choose ranks so that the density asked is met after --mode pifa; without it, at once.", RANKS,
+        kind=bool, default=True, negatable=True,
     ),
     Flag(
-        "token_power", "Power of the gradients that weigh tokens; 0 weighs all alike.", METHOD, kind=float,
-        shown="0.5 with exact M, else 0", check=from_zero,
+        "prune",
+        "How weights are replaced: by factors (svd-llm, svd, asvd), fewer channels (flatllm), or the better of "
+        "both by block (auto).", SOLVING, default="svd-llm", choices=PRUNERS,
     ),
     Flag(
-        "ridge", "Pull of exact M towards the original weight, in mean squared inputs.", METHOD, kind=float,
-        default=1e-3, check=from_zero,
+        "reconstruct_step", "Fit by steps, as the paper: 0 none, 1 U, 2 U and then V, -1 V.", SOLVING, kind=int,
+        shown="the exact fit, exact M; 0 for svd, asvd and flatllm", choices=(0, 1, 2, -1),
+    ),
+    replace(shared.OLD_OUTPUT_FACTOR, group=SOLVING),
+    replace(shared.DRIFT_FACTOR, group=SOLVING, shown="0.5 with exact M, else 0"),
+    Flag(
+        "output_shrinkage",
+        "How evenly errors of outputs count, in (0,1]. 1: all alike; near 0: by their effect on the model.", SOLVING,
+        kind=float, shown="0.1 with exact M, else 1", check=within("(0", "1]"),
     ),
     Flag(
-        "passes", "Profiles; the second one is taken through a first compressed model.", METHOD, kind=int, default=1,
-        check=at_least(1),
+        "token_power", "How unevenly tokens count. 0: all alike; larger: tokens with large gradients count more.",
+        SOLVING, kind=float, shown="0.5 with exact M, else 0", check=from_zero,
     ),
     Flag(
-        "tune", "Candidates among which held-out windows choose the constants; 0 takes them as they are.", METHOD,
-        kind=int, default=0, check=at_least(0),
+        "ridge",
+        "How strongly the exact fit stays near the original weight, as a share of the Gram matrix's mean diagonal.",
+        SOLVING, kind=float, default=1e-3, check=from_zero,
     ),
     Flag(
-        "refine_steps", "Optimiser steps for each finished layer; with any, nothing is training-free.", METHOD,
+        "passes", "Times that the model is profiled; after the first, a compressed model is.", SOLVING, kind=int,
+        default=1, check=at_least(1),
+    ),
+    Flag(
+        "tune", "Settings of the constants to try on held-out windows, the starting one included; 0 tries none.",
+        SOLVING, kind=int, default=0, check=at_least(0),
+    ),
+    Flag(
+        "refine_steps", "Gradient steps on each finished layer; more than 0 is training.", SOLVING,
         kind=int, default=0, check=at_least(0),
     ),
     shared.BI_SCORE,
@@ -102,7 +109,7 @@ FLAGS = (
 def check(options: Options) -> None:
     """Raises: UsageError for flags that contradict each other or need what is not there."""
     complete(options)
-    shared.check_model(options)
+    shared.check_source(options)
 
 
 def complete(options: Options) -> None:
@@ -166,7 +173,7 @@ def run(options: Options) -> dict[str, Any]:
         save_path=Path(options.save_path),
         prefix=options.prefix,
         resume=options.resume,
-        profile=None if profile is None else Path(profile),
+        profile=Path(profile) if profile else None,
         device=options.DEV,
         host_memory=options.host_memory,
         command=options.command,

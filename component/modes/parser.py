@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.errors import UsageError
@@ -69,6 +70,13 @@ class Flag:
         if isinstance(self.default, bool):
             return ("on" if self.default else "off") if self.negatable else ""
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+
+    def verify_type(self, value: Any) -> None:
+        """What argparse does with words. Raises: UsageError for a value of another type."""
+        kinds = (int, float) if self.kind is float else (str, Path) if self.kind is str else (self.kind,)
+        for one in value if self.several else [value]:
+            if not isinstance(one, kinds) or isinstance(one, bool) != (self.kind is bool):
+                raise UsageError(f"{self.name}={one!r}: this takes {self.kind.__name__}")
 
     def verify(self, value: Any) -> None:
         """Raises: UsageError where the value is none of the choices, or fails the check."""
@@ -167,6 +175,7 @@ def from_keywords(flags: Sequence[Flag], keywords: Mapping[str, Any]) -> Options
         if name not in known:
             raise UsageError(f"{name} is no flag of this mode: use some of {', '.join(known)}")
         if value is not None:
+            known[name].verify_type(value)
             known[name].verify(value)
             setattr(options, name, value)
     return options

@@ -14,7 +14,7 @@ FLAGS = (
     shared.SAVE_PATH,
     shared.RESUME,
     Flag(
-        "fold", "Leave channels that go on to another linear in pivot order, so that nothing is reordered there.",
+        "fold", "Let the next linear read outputs in pivot order, where it can; this saves the reordering.",
         "pivoting", kind=bool, default=False, only=True,
     ),
     shared.DEV,
@@ -22,10 +22,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a folder that is not there."""
-    if options.model_path != shared.ORIGINAL:
-        shared.check_subject(options)
+check = shared.check_folder
 
 
 def settings_of(options: Options) -> Settings:

@@ -8,7 +8,7 @@ from component.modes.parser import Flag, Options, at_least
 
 SUMMARY = "Judge a model by its perplexity on texts."
 FLAGS = (
-    shared.MODEL,
+    shared.SUBJECT,
     shared.MODEL_PATH,
     shared.SAVE_PATH,
     replace(
@@ -18,18 +18,16 @@ FLAGS = (
     replace(shared.MODEL_SEQ_LEN, group=shared.JUDGING),
     shared.EVAL_BATCH_SIZE,
     Flag(
-        "eval_nsamples", "First windows of the text that are judged.", shared.JUDGING, kind=int, shown="all",
-        check=at_least(1),
+        "eval_nsamples", "First windows of the text, if not all of them, that are judged.", shared.JUDGING, kind=int,
+        shown="all", check=at_least(1),
     ),
-    replace(shared.SEED, help="Seed that the record names; nothing is drawn.", group=shared.MACHINE),
+    shared.UNUSED_SEED,
     shared.DEV,
     shared.DTYPE,
 )  # fmt: skip
 
 
-def check(options: Options) -> None:
-    """Raises: UsageError for a model that is not there."""
-    shared.check_subject(options)
+check = shared.check_subject
 
 
 def run(options: Options) -> dict[str, Any]:

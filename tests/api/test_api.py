@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import component
+import component.flow.solving
 import PIFA
 from component import LowRankLinear, PIFALinear, compress_model, judge_model, pivot_model, save_model
+from component.compress.recipe import VALUES
 from tests import tiny
 from tests.conftest import SMALL
-from utils.errors import UsageError
+from utils.errors import RunError, UsageError
 
 REPOSITORY = Path(PIFA.__file__).parent
 FLAGS = {**SMALL, "density": 0.6}
@@ -93,7 +95,51 @@ def test_a_profile_that_is_kept_serves_again_and_no_other_model(model_folder, to
         compress_model(other, tokenizer, **kept)
 
 
+def test_a_folder_that_was_loaded_is_pivoted_and_saved(compressed, pivoted, tokenizer, tmp_path, good):
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    record = save_model(pivot_model(model), tokenizer, tmp_path / "saved")
+    assert record["kind"] == "pifa" and record["density_asked"] is None
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+    told = good(["--mode", "info", "--model_path", record["path"], "--save_path", str(tmp_path), "--DEV", "cpu"])
+    assert told["density"] == record["density"] == record["density_pivoted"]
+
+
+def test_the_record_names_what_was_chosen(model, tokenizer, text_file, tmp_path):
+    flags = {**FLAGS, "dataset": str(text_file), "tune": 4, "allocation": "uniform"}
+    compress_model(model, tokenizer, **flags)
+    record = save_model(model, tokenizer, tmp_path / "tuned")
+    best = min(record["tuned"], key=lambda tried: tried["heldout_ppl"])
+    assert {name: record[name] for name in VALUES} == {name: best[name] for name in VALUES}
+    assert len(record["windows_sha256"]) == 64 and record["heldout_nsamples"] > 0
+
+
+def test_channels_that_are_gone_are_what_was_paid_for(model, tokenizer, text_file, tmp_path):
+    compress_model(model, tokenizer, dataset=str(text_file), prune="flatllm", **{**FLAGS, "density": 0.7})
+    record = save_model(model, tokenizer, tmp_path / "narrow")
+    assert (record["kind"], record["ranks_paid_for"]) == ("narrow", "channels")
+    with pytest.raises(UsageError, match="no low-rank linears to pivot"):
+        pivot_model(model)
+
+
+def test_an_error_in_mid_model_leaves_it_as_it_was(model, tokenizer, text_file, monkeypatch):
+    before, run = logits(model), component.flow.solving._solved
+
+    def broken(layer, name, rank, **more):
+        if layer.described.name.endswith("1"):
+            raise RunError("no more")
+        return run(layer, name, rank, **more)
+
+    monkeypatch.setattr(component.flow.solving, "_solved", broken)
+    with pytest.raises(RunError, match="no more"):
+        compress_model(model, tokenizer, dataset=str(text_file), **FLAGS)
+    assert torch.equal(logits(model), before) and not hasattr(model.config, "quantization_config")
+
+
 MISTAKES = {
+    "a folder": ({"save_path": "here"}, "compress_model has no save_path: save_model takes the folder"),
+    "another dtype": ({"dtype": "bfloat16"}, "convert the model"),
+    "a density in words": ({"density": "0.7"}, "density='0.7': this takes float"),
+    "half a window": ({"pruning_nsamples": 2.5}, "pruning_nsamples=2.5: this takes int"),
     "no flag": ({"densty": 0.5}, "densty is no flag"),
     "no density": ({"density": 0.0}, "--density 0 is outside"),
     "no pruner": ({"prune": "magnitude"}, "unknown --prune magnitude"),

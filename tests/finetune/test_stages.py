@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import sys
-from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from component.finetune.curves import CURVES, PARTS, PLOT
 from component.finetune.loop import MOST_SKIPPED, Schedule, Training, rates_of, summed_loss
 from component.finetune.state import MERGED, STATE
 from component.modes import finetune
+from component.modes.parser import Options
 from evaluater import perplexity
 from tests import children, tiny
 from utils import models, plots, sources
@@ -52,9 +52,8 @@ def folded(arguments, compressed, tmp_path_factory) -> Path:
 def options(pivoted, text_file, tmp_path):
     """options(flag=value, ...): parsed flags that fine-tune the pivoted checkpoint on the tiny text."""
 
-    def make(**changes) -> Namespace:
+    def make(**changes) -> Options:
         common = {
-            "command": "python PIFA.py --mode finetune",
             "model_path": pivoted,
             "save_path": tmp_path / "out",
             "data_path": [str(text_file)],
@@ -72,9 +71,9 @@ def options(pivoted, text_file, tmp_path):
     return make
 
 
-def finetune_flags(**changes) -> Namespace:
-    """All flags of --mode finetune on the CPU, some of them changed."""
-    return Namespace(**{**vars(PIFA.parse(["--mode", "finetune", "--DEV", "cpu"])), **changes})
+def finetune_flags(**changes) -> Options:
+    """All flags of --mode finetune on the CPU, some of them given."""
+    return PIFA.parse(tiny.flags("finetune", **{"DEV": "cpu", **changes}))
 
 
 def factors_in(folder: Path) -> set[str]:
@@ -444,7 +443,7 @@ def test_runs_killed_again_and_again_come_to_the_same_bytes(options, tmp_path):
     assert tiny.contents(folder, TIMES) == expected
 
 
-def finish(options: Namespace, **more) -> int:
+def finish(options: Options, **more) -> int:
     """Run in a process of its own; the exit code, negative for a signal."""
     child = children.SERVER.Process(target=run_counted, args=(options,), kwargs=more)
     child.start()
@@ -453,7 +452,7 @@ def finish(options: Namespace, **more) -> int:
     return child.exitcode
 
 
-def run_counted(options: Namespace, kill_at: int | None = None, count_into: Path | None = None) -> None:
+def run_counted(options: Options, kill_at: int | None = None, count_into: Path | None = None) -> None:
     """kill_at: number of the file operation under --save_path before which SIGKILL comes."""
     seen = 0
 

@@ -1,11 +1,13 @@
 """flow/streaming.py: the layer-by-layer driver against one that keeps every activation and runs whole models."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from component.flow import solving
 from component.flow.lockstep import lockstep
 from component.flow.means import Flows, Means
 from component.flow.refinement import relative_error
@@ -450,3 +452,31 @@ def test_refined_layers_come_nearer_to_both_flows_and_the_next_layer_sees_them(c
     again = layers(finished=finished, refinement=refinement)
     assert calls and all("layers.1" in name for name in calls)
     assert all(torch.equal(t, state_of(refined)[key]) for key, t in state_of(again).items())
+
+
+def test_one_groups_moments_live_at_a_time(monkeypatch):
+    """They are what takes most room on a card."""
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(solving.Moments):
+        __hash__ = object.__hash__
+
+        def __init__(self):
+            super().__init__()
+            alive.add(self)
+
+    def add(moments, *given, **more):
+        most.append(len(alive))
+        return add_moments(moments, *given, **more)
+
+    monkeypatch.setattr(solving, "Moments", Counted)
+    monkeypatch.setattr(solving, "add_moments", add)
+    model = tiny.build()
+    described = describe_layers(model)
+    plan = {f"{layer.name}.{name}": Rank(4) for layer in described for name in layer.linears()}
+    solver = make_solver("svd-llm", None, mix_ratio=0.25, drift_ratio=0.5)
+    flows = Flows(tiny.token_windows(4, 16), whitening=4, reconstruction=4)
+    compression = Compression(plan, solver, dtype=torch.float32)
+    means = Means(torch.device("cpu"), HeldLayers(model))
+    assert len(list(compress_layers(model, described, compression, flows=flows, means=means))) == len(described)
+    assert set(most) == {1}

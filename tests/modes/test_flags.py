@@ -116,6 +116,13 @@ def test_help_of_a_mode_tells_its_flags_and_no_others(mode, capsys):
     assert told == {"mode", *(flag.name for flag in PIFA.modes()[mode].FLAGS)}
 
 
+@pytest.mark.parametrize("line", ["--mode=pifa --help", "--mode m --mode pifa -h", "--help --mode pifa"])
+def test_help_of_a_mode_that_is_named_in_any_way(line, capsys):
+    assert help_of(capsys, *line.split()) == help_of(capsys, "--mode", "pifa")
+    with pytest.raises(SystemExit):
+        PIFA.run(line.split())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_help_texts_are_whole_phrases(mode):
     for flag in PIFA.modes()[mode].FLAGS:

@@ -24,6 +24,7 @@ def test_the_record_counts_what_is_stored(kind, request, arguments, tmp_path, go
         own = [tensor for key, tensor in tensors.items() if key.startswith(f"{name}.") and not key.endswith("bias")]
         numbers = sum(tensor.numel() for tensor in own)
         assert record["densities"][name] == numbers / (entry["in_features"] * entry["out_features"])
+    assert record["seed"] == 3
     assert record["made_by"]["command"] == stored.record["command"]
     assert record["made_by"]["windows_sha256"] == stored.record["windows_sha256"]
 

@@ -212,3 +212,13 @@ def test_refinement_lowers_or_keeps_every_layers_error_and_the_record_says_so(ar
     assert factors[0].keys() == factors[1].keys() and plain["ranks"] == refined["ranks"]
     changed = {name for name, tensor in factors[0].items() if not torch.equal(tensor, factors[1][name])}
     assert changed and all(name.endswith(("u.weight", "v.weight")) for name in changed)
+
+
+def test_a_plan_that_cannot_be_leaves_no_folder(arguments, compressed, tmp_path, bad):
+    plan = json.loads((compressed / "plan.json").read_text())
+    del plan["layers"]["model.layers.0.mlp.up_proj"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    for _ in range(2):
+        argv = arguments("m", allocation=tmp_path / "plan.json", save_path=tmp_path / "out")
+        bad(argv, "model.layers.0.mlp.up_proj")
+        assert not list((tmp_path / "out").glob("tiny_*"))

@@ -77,9 +77,9 @@ class Bench:
             profiled = time.perf_counter()
             recipe, tuned = pipeline.choose()
             chosen = time.perf_counter()
-            losses = self.losses(pipeline.layers(recipe), pipeline.task.means)
-            settings, entries = pipeline.task.settings, pipeline.planner.entries(pipeline.planner.plan(recipe))
-            numbers = sum(stored_as(entry, settings.storage) for entry in entries.values())
+            design, settings = pipeline.design(recipe), pipeline.task.settings
+            losses = self.losses(pipeline.layers(design), pipeline.task.means)
+            numbers = sum(stored_as(entry, settings.storage) for entry in design.entries.values())
             return {
                 "flags": flags,
                 "density": numbers / sum(module.numbers for module in pipeline.task.modules),
