@@ -129,10 +129,9 @@ class PIFAQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             sizes = entry["in_features"], entry["out_features"]
             bias: Tensor | None
-            if isinstance(layer, LowRankLinear | PIFALinear | PackedLinear):
-                weight, bias = layer.dense_weight(), layer.bias
-            elif isinstance(layer, PaddedHeads | PickedHeads):
-                weight, bias = layer.dense_weight(), layer.dense_bias()
+            if hasattr(layer, "dense_weight"):
+                weight = layer.dense_weight()
+                bias = layer.dense_bias() if hasattr(layer, "dense_bias") else layer.bias
             elif (layer.in_features, layer.out_features) != sizes:
                 missing = entry["out_features"] - layer.out_features
                 weight = F.pad(layer.weight, (0, entry["in_features"] - layer.in_features, 0, missing))
