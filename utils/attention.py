@@ -1,7 +1,6 @@
 """Attention for grouped heads in float32 on a GPU, where torch has no fast kernel that takes them as they are."""
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from torch import Tensor, nn
@@ -9,6 +8,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "sdpa_repeated_heads"
+
+
+class _Ungrouped(NamedTuple):
+    """What SDPA looks at of an attention module, and nothing that says how its heads are grouped."""
+
+    is_causal: bool
 
 
 def repeat_heads(model: PreTrainedModel) -> None:
@@ -29,5 +34,5 @@ def repeat_heads(model: PreTrainedModel) -> None:
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
     groups = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
-    ungrouped: Any = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    ungrouped: Any = _Ungrouped(is_causal=getattr(module, "is_causal", True))
     return sdpa_attention_forward(ungrouped, query, key, value, attention_mask, **kwargs)
