@@ -43,7 +43,7 @@ def compress_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    density: float = 0.8,
+    density: float | None = None,
     dataset: str | None = None,
     prune: str = "svd-llm",
     device: str | None = None,
@@ -51,9 +51,9 @@ def compress_model(
 ) -> PreTrainedModel:
     """Replace the decoder linears of a model by low-rank factors, in place; returns the model.
 
-    density: fraction of the linears' numbers that is left once the factors are pivoted, in (0,1]. dataset: calibration
-    text, a name or a path; None for WikiText-2, offline the Python reference. prune: how, see docs/flags.md. device:
-    what the work is done on, None for a GPU where there is one. flags: every other flag of
+    density: fraction of the linears' numbers that is left once the factors are pivoted, in (0,1]; None for 0.8.
+    dataset: calibration text, a name or a path; None for WikiText-2, offline the Python reference. prune: how, see
+    docs/flags.md. device: what the work is done on, None for a GPU where there is one. flags: every other flag of
     `--mode m` by its name, such as `model_seq_len=512, pruning_nsamples=16, reconstruct_nsamples=16, seed=3`.
 
     The model is put into eval mode, without gradients; an error leaves it otherwise as it was, and where it was. The
@@ -94,7 +94,7 @@ def noted(model: PreTrainedModel) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def plan_compression(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **flags: Any) -> Iterator[Pipeline]:
-    """A pipeline for the model: `layers(recipe)` makes compressed layers, `judge(recipe)` their held-out perplexity.
+    """A pipeline for the model: `choose()` a recipe, `design(recipe)` a plan, `layers(design)` the layers.
 
     flags: of `--mode m`, by their names. The model stays as it is. Inside the block it is on the CPU, a layer at a time
     on the device. The profile is kept in `profiling_mat_path`, or as long as the block runs.

@@ -135,6 +135,14 @@ def test_an_error_in_mid_model_leaves_it_as_it_was(model, tokenizer, text_file, 
     assert torch.equal(logits(model), before) and not hasattr(model.config, "quantization_config")
 
 
+def test_a_ratio_is_a_density_the_other_way_round(model_folder, tokenizer, text_file):
+    found = []
+    for size in ({"density": 0.6}, {"overall_ratio": 0.4}):
+        model = AutoModelForCausalLM.from_pretrained(model_folder)
+        found.append(logits(compress_model(model, tokenizer, dataset=str(text_file), **SMALL, **size)))
+    assert torch.equal(*found)
+
+
 MISTAKES = {
     "a folder": ({"save_path": "here"}, "compress_model has no save_path: save_model takes the folder"),
     "another dtype": ({"dtype": "bfloat16"}, "convert the model"),
