@@ -68,7 +68,7 @@ class Rounding(NamedTuple):
     share: float
 
 
-class Factors(NamedTuple):
+class StoredFactors(NamedTuple):
     """What a factored linear stores, in float64: `inner` sees its input. rows: the outputs in the order of [I; outer]
     where inner holds pivot rows, None where they are those of `outer` as they stand."""
 
@@ -77,7 +77,7 @@ class Factors(NamedTuple):
     rows: Tensor | None
 
     @classmethod
-    def of(cls, linear: nn.Module) -> "Factors":
+    def of(cls, linear: nn.Module) -> "StoredFactors":
         inner, outer = (getattr(linear, name).weight.double() for name in names_of(linear))
         perm: Tensor | None = getattr(linear, "perm", None)
         return cls(inner, outer, None if perm is None else perm.argsort())
@@ -132,7 +132,7 @@ def priced(linear: nn.Module, gram: Tensor, feedback: Feedback, *, grid: Grid, w
     """The forms that a module's integers can have. A dense linear has but one, and what it loses does not matter."""
     if isinstance(linear, nn.Linear):
         return [Form(MATRIX, 0.0, packed_bytes(linear.out_features, linear.in_features, grid))]
-    factors = Factors.of(linear)
+    factors = StoredFactors.of(linear)
     (inner, outer, rows), whole = factors, factors.product()
     index = 0 if rows is None else 4 * len(rows)
     loss = expected_losses(whole, feedback, grid, what=what).sum().item()
@@ -296,7 +296,7 @@ def _quantize(
     """GPTQ of a linear, in the form that its entry says. moments: of its input in both flows; feedback: of the gram."""
     linear, grid, gram = layer.get_submodule(name), rounding.grid, moments.gram
     assert gram is not None
-    factors = None if isinstance(linear, nn.Linear) else Factors.of(linear)
+    factors = None if isinstance(linear, nn.Linear) else StoredFactors.of(linear)
     weight = linear.get_parameter("weight") if factors is None else factors.product()
     target = target_moment(
         weight,
@@ -323,7 +323,7 @@ def _round_to_nearest(layer: nn.Module, name: str, grid: Grid, *, what: str) -> 
     if isinstance(linear, nn.Linear):
         layer.set_submodule(name, _as_integers(round_to_nearest(linear.weight, grid, what), grid, linear))
         return
-    inner, outer, _ = Factors.of(linear)
+    inner, outer, _ = StoredFactors.of(linear)
     first, second = (round_to_nearest(factor, grid, what) for factor in (inner, outer))
     _put(linear, (first, second), (grid, grid))
 
