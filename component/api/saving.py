@@ -1,6 +1,5 @@
 """Write a compressed model that is in memory as a checkpoint folder, which every mode and transformers read."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from component.api.compressing import noted
 from component.checkpoint import reading as files
-from component.checkpoint.carried import files_beside, folder_config, rest_of
+from component.checkpoint.carried import describe_folder, rest_of
 from component.checkpoint.counting import densities
 from component.checkpoint.entries import Entries, kept_of, kind_of
 from component.checkpoint.writer import CheckpointWriter
@@ -38,9 +37,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             stored = model.get_submodule(layer.name).state_dict()
             writer.write(files.layer_shard(index), {f"{layer.name}.{key}": t for key, t in stored.items()})
         writer.write(files.REST, rest_of(model, layers))
-        with tempfile.TemporaryDirectory() as temporary:
-            beside = files_beside(Path(temporary), model, tokenizer)
-            writer.describe(folder_config(model, model.dtype, entries), beside)
+        describe_folder(writer, model, tokenizer, dtype=model.dtype, entries=entries)
         counted = densities(folder, entries, ranks_paid_for=record["ranks_paid_for"], asked=record["density_asked"])
         return writer.seal({**record, **counted, "path": str(folder)})
 

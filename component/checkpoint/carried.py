@@ -1,6 +1,8 @@
 """What a checkpoint folder carries beside its layers: the rest of the model, config, tokenizer, loader."""
 
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from component.checkpoint.entries import Entries
+from component.checkpoint.writer import CheckpointWriter
 from component.format import integration
 from component.format.integration import FORMAT_VERSION, METHOD
 from utils.layers import DecoderLayer
+from utils.whole_files import write_json
 
 
 def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor]:
@@ -25,7 +30,7 @@ def rest_of(model: nn.Module, described: list[DecoderLayer]) -> dict[str, Tensor
     return kept
 
 
-def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: Entries) -> dict[str, Any]:
     """config.json: the family's own, plus the format and the file that loads it where this package is absent."""
     config = json.loads(model.config.to_json_string(use_diff=True))
     config.pop("_name_or_path", None)
@@ -35,6 +40,26 @@ def folder_config(model: PreTrainedModel, dtype: torch.dtype, entries: dict[str,
     config["auto_map"] = {"AutoConfig": "integration.AutoConfigWithPIFA"}
     config["quantization_config"] = {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": entries}
     return config
+
+
+def describe_folder(
+    writer: CheckpointWriter,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    entries: Entries,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what stands beside the shards, once all are there: index, config, tokenizer, loader files.
+
+    more: name -> content of other JSON files.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, content in (more or {}).items():
+            write_json(Path(temporary) / name, content)
+        beside = files_beside(Path(temporary), model, tokenizer)
+        writer.describe(folder_config(model, dtype, entries), beside)
 
 
 def files_beside(folder: Path, model: PreTrainedModel, tokenizer) -> list[Path]:

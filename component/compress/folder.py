@@ -2,16 +2,14 @@
 
 import contextlib
 import logging
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from component.checkpoint import reading as files
-from component.checkpoint.carried import files_beside, folder_config, rest_of
+from component.checkpoint.carried import describe_folder, rest_of
 from component.checkpoint.counting import densities
 from component.checkpoint.entries import kind_of, load_layer, paid_for
 from component.checkpoint.writer import CheckpointWriter
@@ -29,7 +27,6 @@ from utils.attention import repeat_heads
 from utils.endings import one_line_endings
 from utils.placement import Shelf, free_bytes, wake
 from utils.source_weights import open_model
-from utils.whole_files import write_json
 
 log = logging.getLogger("pifa")
 
@@ -86,7 +83,8 @@ def _compress(job: Job, writer: CheckpointWriter | None, *, watch: report.Stopwa
         return {}
     if not writer.finished(files.REST):
         writer.write_behind(files.REST, rest_of(task.model, task.described))
-    _describe(job, task, design=design, writer=writer)
+    beside = {"plan.json": plan_as_json(design.plan)}
+    describe_folder(writer, task.model, job.tokenizer, dtype=job.dtype, entries=design.entries, more=beside)
     return writer.seal(
         {
             "mode": "m",
@@ -162,11 +160,3 @@ def _write_layers(
                 log.info("%.1f s for one layer, about %.0f s for the %d to come", one, one * left, left)
         before = watch.seconds()
     return layer_seconds
-
-
-def _describe(job: Job, task: Task, *, design: Design, writer: CheckpointWriter) -> None:
-    """Write what stands beside the shards: config, tokenizer, loader files, the plan."""
-    with tempfile.TemporaryDirectory() as temporary:
-        write_json(Path(temporary) / "plan.json", plan_as_json(design.plan))
-        beside = files_beside(Path(temporary), task.model, job.tokenizer)
-        writer.describe(folder_config(task.model, job.dtype, design.entries), beside)

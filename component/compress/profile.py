@@ -10,10 +10,7 @@ from component.checkpoint import reading as files
 from component.checkpoint.writer import CheckpointWriter
 from component.compress.measuring import Profiling, profile_layers
 from component.solve.linalg import pack_triangle, unpack_triangle
-from utils.layers import (
-    DecoderLayer,
-    LayerSource,
-)
+from utils.layers import DecoderLayer, LayerSource
 from utils.placement import Shelf
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import UsageError
+from utils.errors import UsageError, check_choice
 
 log = logging.getLogger("pifa")
 
@@ -80,8 +80,8 @@ class Flag:
 
     def verify(self, value: Any) -> None:
         """Raises: UsageError where the value is none of the choices, or fails the check."""
-        if self.choices and value not in self.choices:
-            raise UsageError(f"unknown --{self.name} {value}: use one of {', '.join(map(str, self.choices))}")
+        if self.choices:
+            check_choice(f"--{self.name}", value, self.choices)
         if self.check:
             self.check(self.name, value)
 
@@ -134,8 +134,7 @@ def read(argv: Sequence[str], flags: Mapping[str, Sequence[Flag]], typed: Sequen
     parser.parse_args(argv, options)
     if options.mode is None:
         raise UsageError("the following arguments are required: --mode")
-    if options.mode not in flags:
-        raise UsageError(f"unknown --mode {options.mode}: use one of {', '.join(flags)}")
+    check_choice("--mode", options.mode, flags)
     own = {flag.name: flag for flag in flags[options.mode]}
     unread = []
     for name, flag in known.items():
@@ -202,6 +201,12 @@ def at_least(bound: int) -> Check:
 def from_zero(name: str, value: float) -> None:
     if not 0 <= value < float("inf"):
         raise UsageError(f"--{name} {value:g} is no number from 0 on")
+
+
+def from_zero_to_any(name: str, value: float) -> None:
+    """A size may be without bounds."""
+    if value != float("inf"):
+        from_zero(name, value)
 
 
 def above_zero(name: str, value: float) -> None:

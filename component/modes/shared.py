@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from component.checkpoint.names import ORIGINAL
-from component.modes.parser import Default, Flag, Options, at_least, within
+from component.modes.parser import Default, Flag, Options, at_least, from_zero_to_any, within
 from utils.errors import UsageError
 from utils.names import DTYPE_NAMES, check_dataset
 from utils.sources import find_source
@@ -37,12 +37,6 @@ def known_dataset(_name: str, values: list[str]) -> None:
     """Raises: UsageError for a name that is no dataset and no path."""
     for value in values:
         check_dataset(value)
-
-
-def room(name: str, value: float) -> None:
-    """Raises: UsageError for less than none; without bounds is a size, too."""
-    if not value >= 0:
-        raise UsageError(f"--{name} {value:g} is no number from 0 on")
 
 
 MODEL = Flag(
@@ -118,7 +112,7 @@ DTYPE = Flag(
 )  # fmt: skip
 HOST_MEMORY = Flag(
     "host_memory", "Most GiB of memory for hidden states; the rest is kept in files beside the result.", MACHINE,
-    kind=float, shown="no limit", metavar="GIB", check=room,
+    kind=float, shown="no limit", metavar="GIB", check=from_zero_to_any,
 )  # fmt: skip
 
 
